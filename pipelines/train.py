@@ -1,0 +1,23 @@
+"""Trains one model; needs torch and hydra only.
+
+python pipelines/train.py task=copying model=rum task.delay=30 model.hidden_size=100
+"""
+
+import hydra
+from omegaconf import DictConfig
+
+from rum.configs import run_pipeline, to_config
+from rum.train import train
+from rum.tune.recorder import epoch_recorder
+
+
+@hydra.main(version_base="1.3", config_path="../search_spaces", config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Composes, trains, prints."""
+    config = to_config(cfg)
+    with epoch_recorder(config) as record:
+        train(config, print, record)
+
+
+if __name__ == "__main__":
+    run_pipeline(main, "train")

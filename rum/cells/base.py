@@ -1,0 +1,178 @@
+"""What every recurrent cell and its configuration promise, and the registry of models."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rum.checks import check_at_least, check_probability
+from rum.errors import ConfigError
+
+State = tuple[Tensor, ...]
+"""What a cell carries from step to step: tensors `(B, ...)`, the output's own state first."""
+
+Noise = tuple["Tensor | Noise", ...]
+"""Random masks of a sequence, each `(T, B, ...)`, nested as the cell that drew them needs."""
+
+
+class Cell(nn.Module, ABC):
+    """A recurrent cell: `output, state = cell(input, state)` is one step.
+
+    A subclass writes its mathematics in `step`; `unroll`, a whole sequence, follows from it and
+    may be overridden by something faster that agrees with it. All randomness of a sequence is
+    drawn at once by `sample_noise`, from torch's default generator of the device, and handed to
+    whichever implementation runs, so that implementations agree in training too.
+
+    Attributes:
+        input_size: Features of the input.
+        hidden_size: Features of the output.
+    """
+
+    input_size: int
+    hidden_size: int
+
+    @abstractmethod
+    def initial_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        """Returns the state before the first step, tensors `(batch_size, ...)`."""
+
+    @abstractmethod
+    def step(self, projected: Tensor, state: State, noise: Noise) -> tuple[Tensor, State]:
+        """One step of the reference mathematics.
+
+        Args:
+            projected: `(B, ...)`, `project` of the step's input.
+            state: The state before the step.
+            noise: This step's masks; empty in evaluation.
+
+        Returns:
+            The output `(B, hidden_size)` and the state after the step.
+        """
+
+    def project(self, input: Tensor) -> Tensor:
+        """Computes what depends on the input alone, for a step or a whole sequence at once."""
+        return input
+
+    def sample_noise(self, length: int, batch_size: int) -> Noise:
+        """Draws all masks for `length` steps in training; `()` where nothing is random."""
+        return ()
+
+    def unroll(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Runs a sequence.
+
+        Args:
+            input: `(T, B, input_size)`.
+            state: Before the first step; None for `initial_state`.
+
+        Returns:
+            Outputs `(T, B, hidden_size)` and the state after the last step.
+        """
+        length, batch_size, _ = input.shape
+        state = self._begin(input, state)
+        noise = self.sample_noise(length, batch_size)
+        projected = self.project(input)
+        outputs = []
+        for t in range(length):
+            output, state = self.step(projected[t], state, noise_at(noise, t))
+            outputs.append(output)
+        if not outputs:
+            return input.new_zeros(0, batch_size, self.hidden_size), state
+        return torch.stack(outputs), state
+
+    def forward(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Runs one step: input `(B, input_size)`, output `(B, hidden_size)`."""
+        state = self._begin(input, state)
+        noise = noise_at(self.sample_noise(1, input.shape[0]), 0)
+        return self.step(self.project(input), state, noise)
+
+    def _begin(self, input: Tensor, state: State | None) -> State:
+        if input.shape[-1] != self.input_size:
+            raise ValueError(
+                f"input must have {self.input_size} features, got shape {tuple(input.shape)}"
+            )
+        initial = self.initial_state(input.shape[-2], device=input.device, dtype=input.dtype)
+        if state is None:
+            return initial
+        expected = [tuple(tensor.shape) for tensor in initial]
+        got = [tuple(tensor.shape) for tensor in state]
+        if expected != got:
+            raise ValueError(f"state must be tensors of shapes {expected}, got {got}")
+        return state
+
+
+def noise_at(noise: Noise, t: int) -> Noise:
+    """Selects one step's masks."""
+    return tuple(item[t] if isinstance(item, Tensor) else noise_at(item, t) for item in noise)
+
+
+def first_mask(noise: Noise) -> Tensor | None:
+    """The first mask of a flat noise, None where there is none (evaluation)."""
+    mask = noise[0] if noise else None
+    assert mask is None or isinstance(mask, Tensor)
+    return mask
+
+
+def bernoulli_mask(probability: float, *shape: int, like: Tensor) -> Tensor:
+    """Draws ones with `probability`, zeros otherwise, on the device and in the dtype of `like`."""
+    draw = torch.rand(*shape, device=like.device, dtype=torch.float32)
+    return (draw < probability).to(like.dtype)
+
+
+@dataclass(kw_only=True)
+class CellConfig(ABC):
+    """The typed options of one cell; checks itself and is never changed after construction."""
+
+    def __post_init__(self) -> None:  # noqa: B027  # a subclass without options has no checks
+        """Subclasses raise ConfigError here on a value that their cell does not accept."""
+
+    @abstractmethod
+    def build(
+        self,
+        input_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Cell:
+        """Builds the cell for inputs of `input_size` features."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig(CellConfig):
+    """A cell together with how it is stacked: one option of `model=`."""
+
+    name: str = "???"
+    """Registry key; each model sets its own."""
+    num_layers: int = 1
+    """Cells on top of each other."""
+    dropout: float = 0.0
+    """Probability of zeroing a unit of the embedded input, between layers and before the
+    read-out. The released RUM and 2xRUM code has none; the paper's Table 5 says 0.35."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on a value that no model accepts."""
+        super().__post_init__()
+        registered = next((key for key, value in MODELS.items() if value is type(self)), self.name)
+        if self.name != registered:
+            raise ConfigError(f"name of this model must be {registered!r}, got {self.name!r}")
+        check_at_least("num_layers", self.num_layers, 1)
+        check_probability("dropout", self.dropout)
+
+
+MODELS: dict[str, type[ModelConfig]] = {}
+"""Every model by name: an option of `model=` in Hydra and the key in a checkpoint."""
+
+_Model = TypeVar("_Model", bound=type[ModelConfig])
+
+
+def register_model(config: _Model) -> _Model:
+    """Class decorator: makes a model known under its default `name`.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    name = config.name
+    if name in MODELS:
+        raise ValueError(f"model {name!r} is registered twice")
+    MODELS[name] = config
+    return config

@@ -1,0 +1,304 @@
+"""Rotational Unit of Memory cell (Dangovski et al., section 3.2; 2019 in TACL 7)."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rum.cells.base import (
+    Cell,
+    CellConfig,
+    ModelConfig,
+    Noise,
+    State,
+    bernoulli_mask,
+    first_mask,
+    register_model,
+)
+from rum.cells.layer_norm import LayerNorm
+from rum.checks import check_at_least, check_choice, check_positive, check_probability
+from rum.errors import ConfigError
+from rum.functional import rotate, time_normalize, zoneout
+from rum.kernels.fused import ACTIVATIONS, RecurrenceOptions, rum_recurrence
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "reference", "fused")
+
+
+class RUMCell(Cell):
+    """One step of a RUM, with hidden state h and, for lambda = 1, associative memory R.
+
+    ```
+    tau  = W_tau [x; h] + b_tau                    target (no activation)
+    u    = sigmoid(W_u [x; h] + b_u)               update gate
+    eps  = W_eps x + b_eps                         embedded input
+    R    = R_previous^lambda Rotation(eps, tau)    R starts as the identity
+    c    = activation(eps + R h)                   candidate
+    h'   = u * h + (1 - u) * c                     u keeps the old state
+    h''  = eta h' / |h'|                           where eta is set
+    h    = zoneout(h'', h)
+    ```
+
+    With layer norm (gain and shift learned, eps 1e-3 inside the root), target and update gate are
+    normalised each over the hidden units, and so is eps + R h before the activation. As released
+    the gate is normalised *after* its sigmoid, so it leaves (0, 1) and the mix extrapolates;
+    "pre_sigmoid" is the usual order. The paper's Penn Treebank numbers were very probably made
+    with the former.
+
+    Parameters: `weight_ih (3N, input_size)`, rows target, update gate, embedded input;
+    `weight_hh (2N, N)`, rows target, update gate; `bias (2N,)`; `embedding_bias (N,)` or None.
+
+    State: `(h,)`, or `(h, R)` with R `(B, N, N)` for lambda = 1.
+
+    Differs from the released code only where that yields NaN or leaves the orthogonal matrices
+    (see `rum.functional.rotate`).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        lambda_: float = 0.0,
+        eta: float | None = None,
+        layer_norm: bool = False,
+        layer_norm_gate: str = "post_sigmoid",
+        zoneout: float = 0.0,
+        embedding_bias: bool = True,
+        activation: str = "relu",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """See `RUMCellConfig` for the options.
+
+        Args:
+            backend: "reference" (step by step; differentiable twice), "fused" (one autograd
+                function for a whole sequence, lambda = 0 only) or "auto": the fastest that can
+                serve the request, with the same results up to rounding.
+        """
+        super().__init__()
+        RUMCellConfig(  # checks the options
+            hidden_size=hidden_size,
+            lambda_=lambda_,
+            eta=eta,
+            layer_norm_gate=layer_norm_gate,
+            zoneout=zoneout,
+            activation=activation,
+        )
+        check_choice("backend", backend, BACKENDS)
+        if backend == "fused" and lambda_ != 0:
+            raise ConfigError(
+                f"backend 'fused' serves lambda_ = 0 only, got {lambda_}: use 'reference'"
+            )
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.lambda_ = lambda_
+        self.eta = eta
+        self.layer_norm_gate = layer_norm_gate if layer_norm else None
+        self.zoneout = zoneout
+        self.activation = activation
+        self.backend = backend
+        self._logged_backend = ""
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight_ih = nn.Parameter(torch.empty(3 * hidden_size, input_size, **like))
+        self.weight_hh = nn.Parameter(torch.empty(2 * hidden_size, hidden_size, **like))
+        self.bias = nn.Parameter(torch.empty(2 * hidden_size, **like))
+        self.embedding_bias = (
+            nn.Parameter(torch.empty(hidden_size, **like)) if embedding_bias else None
+        )
+        self.gate_norm = LayerNorm(hidden_size, groups=2, **like) if layer_norm else None
+        self.candidate_norm = LayerNorm(hidden_size, **like) if layer_norm else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws initial weights as released.
+
+        One semi-orthogonal `(input_size + N) x N` matrix for the target and an independent one
+        for the update gate, each over input and hidden state *together*; a semi-orthogonal
+        embedding; biases 1, target included; embedding bias 0.
+        """
+        size = self.hidden_size
+        with torch.no_grad():
+            for gate in range(2):
+                rows = slice(gate * size, (gate + 1) * size)
+                joint = self.weight_hh.new_empty(self.input_size + size, size)
+                nn.init.orthogonal_(joint)
+                self.weight_ih[rows] = joint[: self.input_size].t()
+                self.weight_hh[rows] = joint[self.input_size :].t()
+            embedding = self.weight_ih.new_empty(self.input_size, size)
+            self.weight_ih[2 * size :] = nn.init.orthogonal_(embedding).t()
+            self.bias.fill_(1.0)
+            if self.embedding_bias is not None:
+                self.embedding_bias.zero_()
+
+    def initial_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
+        """Returns h = 0 and, for lambda = 1, R = identity."""
+        hidden = torch.zeros(batch_size, self.hidden_size, device=device, dtype=dtype)
+        if self.lambda_ == 0:
+            return (hidden,)
+        identity = torch.eye(self.hidden_size, device=device, dtype=dtype)
+        return hidden, identity.expand(batch_size, -1, -1)
+
+    def sample_noise(self, length: int, batch_size: int) -> Noise:
+        """Draws the zoneout mask `(T, B, N)`."""
+        if not self.training or self.zoneout == 0:
+            return ()
+        shape = (length, batch_size, self.hidden_size)
+        return (bernoulli_mask(self.zoneout, *shape, like=self.weight_hh),)
+
+    def project(self, input: Tensor) -> Tensor:
+        """Input shares of target and update gate, and the embedded input: `(..., 3N)`."""
+        embedding_bias = (
+            self.bias.new_zeros(self.hidden_size)
+            if self.embedding_bias is None
+            else self.embedding_bias
+        )
+        return F.linear(input, self.weight_ih, torch.cat((self.bias, embedding_bias)))
+
+    def step(self, projected: Tensor, state: State, noise: Noise) -> tuple[Tensor, State]:
+        """One step; see the class."""
+        hidden = state[0]
+        from_input, embedded = torch.tensor_split(projected, (2 * self.hidden_size,), -1)
+        gates = from_input + F.linear(hidden, self.weight_hh)
+        if self.gate_norm is not None and self.layer_norm_gate == "pre_sigmoid":
+            gates = self.gate_norm(gates)
+        target, update = gates.chunk(2, -1)
+        update = torch.sigmoid(update)
+        if self.gate_norm is not None and self.layer_norm_gate == "post_sigmoid":
+            target, update = self.gate_norm(torch.cat((target, update), -1)).chunk(2, -1)
+
+        memory = state[1:]
+        if self.lambda_ == 0:
+            turned = rotate(embedded, target, hidden)
+        else:
+            # R Rotation(eps, tau), row by row: the transposed rotation goes from tau to eps.
+            rows = rotate(target.unsqueeze(-2), embedded.unsqueeze(-2), state[1])
+            turned = (rows @ hidden.unsqueeze(-1)).squeeze(-1)
+            memory = (rows,)
+
+        candidate = embedded + turned
+        if self.candidate_norm is not None:
+            candidate = self.candidate_norm(candidate)
+        candidate = ACTIVATIONS[self.activation](candidate)
+        new = update * hidden + (1 - update) * candidate
+        if self.eta is not None:
+            new = time_normalize(new, self.eta)
+        new = zoneout(new, hidden, self.zoneout, first_mask(noise))
+        return new, (new, *memory)
+
+    def unroll(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Runs a sequence on the backend in force; see `Cell.unroll`."""
+        if self._choose_backend(input) == "reference":
+            return super().unroll(input, state)
+        state = self._begin(input, state)
+        noise = self.sample_noise(input.shape[0], input.shape[1])
+        size = self.hidden_size
+        from_input, embedded = torch.tensor_split(self.project(input), (2 * size,), -1)
+        gate_norm, candidate_norm = self.gate_norm, self.candidate_norm
+        with torch.autocast(input.device.type, enabled=False):
+            outputs = rum_recurrence(
+                from_input.to(self.weight_hh.dtype),
+                embedded.to(self.weight_hh.dtype),
+                state[0].to(self.weight_hh.dtype),
+                self.weight_hh,
+                None if gate_norm is None else gate_norm.gain,
+                None if gate_norm is None else gate_norm.shift,
+                None if candidate_norm is None else candidate_norm.gain,
+                None if candidate_norm is None else candidate_norm.shift,
+                first_mask(noise),
+                RecurrenceOptions(
+                    activation=self.activation,
+                    eta=self.eta,
+                    layer_norm_gate=self.layer_norm_gate,
+                    zoneout=self.zoneout,
+                ),
+            )
+        return outputs, ((outputs[-1],) if len(outputs) else state)
+
+    def _choose_backend(self, input: Tensor) -> str:
+        backend = self.backend
+        if backend == "auto":
+            # Half precision stays on the reference, which does norms and rotation in float32.
+            full = self.weight_hh.dtype in (torch.float32, torch.float64)
+            backend = "fused" if self.lambda_ == 0 and full else "reference"
+        if backend != self._logged_backend:
+            self._logged_backend = backend
+            logger.debug("RUM runs on backend %r (%s)", backend, input.device)
+        return backend
+
+    def extra_repr(self) -> str:
+        """Sizes and options, for `print(model)`."""
+        return (
+            f"{self.input_size}, {self.hidden_size}, lambda_={self.lambda_:g}, eta={self.eta}, "
+            f"layer_norm_gate={self.layer_norm_gate}, zoneout={self.zoneout}, "
+            f"activation={self.activation}, backend={self.backend}"
+        )
+
+
+@dataclass(kw_only=True)
+class RUMCellConfig(CellConfig):
+    """Options of a RUM cell."""
+
+    hidden_size: int = 256
+    """Size of the hidden state."""
+    lambda_: float = 0.0
+    """Power of the associative memory: 0 (none) or 1 (rotations accumulate)."""
+    eta: float | None = None
+    """Norm of the hidden state after time normalisation, > 0; None switches it off."""
+    layer_norm: bool = False
+    """Layer norm of target, update gate and candidate; on for Penn Treebank only, as released."""
+    layer_norm_gate: str = "post_sigmoid"
+    """Where the update gate is normalised: "post_sigmoid" (as released) or "pre_sigmoid"."""
+    zoneout: float = 0.0
+    """Probability of keeping the previous state, in [0, 1); released Penn Treebank code: 0.1."""
+    embedding_bias: bool = True
+    """Bias of the embedded input: in the paper and at submission; dropped in 2018."""
+    activation: str = "relu"
+    """Of the candidate: relu, tanh, sigmoid or softsign."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on a value that the cell does not accept."""
+        super().__post_init__()
+        check_at_least("hidden_size", self.hidden_size, 1)
+        if self.lambda_ not in (0, 1):
+            raise ConfigError(f"lambda_ must be 0 or 1, got {self.lambda_}")
+        if self.eta is not None:
+            check_positive("eta", self.eta)
+        check_choice("layer_norm_gate", self.layer_norm_gate, ("post_sigmoid", "pre_sigmoid"))
+        check_probability("zoneout", self.zoneout)
+        check_choice("activation", self.activation, ACTIVATIONS)
+
+    def build(
+        self,
+        input_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> RUMCell:
+        """Builds the cell."""
+        return RUMCell(
+            input_size,
+            self.hidden_size,
+            lambda_=self.lambda_,
+            eta=self.eta,
+            layer_norm=self.layer_norm,
+            layer_norm_gate=self.layer_norm_gate,
+            zoneout=self.zoneout,
+            embedding_bias=self.embedding_bias,
+            activation=self.activation,
+            device=device,
+            dtype=dtype,
+        )
+
+
+@register_model
+@dataclass(kw_only=True)
+class RUMConfig(ModelConfig, RUMCellConfig):
+    """A stack of RUM cells; two layers are the paper's 2xRUM."""
+
+    name: str = "rum"

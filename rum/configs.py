@@ -1,0 +1,100 @@
+"""Hydra: registers the typed configurations, and runs a pipeline with clear errors."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from rum.cells import MODELS
+from rum.errors import ConfigError, RumError
+from rum.parameters import flatten, nearest
+from rum.tasks import TASKS
+from rum.train import TrainConfig
+from rum.tune.config import EvaluateConfig, ResumeConfig, SearchConfig
+
+SCHEMAS = {
+    "train_schema": TrainConfig,
+    "search_schema": SearchConfig,
+    "resume_schema": ResumeConfig,
+    "evaluate_schema": EvaluateConfig,
+}
+
+
+def register_configs() -> None:
+    """Makes every model and task an option of its group, and the schemas known by name."""
+    store = ConfigStore.instance()
+    for group, registry in (("model", MODELS), ("task", TASKS)):
+        for name, node in registry.items():
+            store.store(group=group, name=name, node=node)
+    for name, schema in SCHEMAS.items():
+        store.store(name=name, node=schema)
+
+
+def to_config(cfg: DictConfig) -> Any:
+    """Builds the typed configuration; every check of its dataclasses runs.
+
+    Raises:
+        ConfigError: If a value is missing or not valid.
+    """
+    try:
+        return OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def run_pipeline(main: Callable[[], Any], config_name: str) -> None:
+    """Runs a `hydra.main` function; what the user can mend is printed without a traceback.
+
+    Args:
+        main: The decorated function.
+        config_name: Its primary configuration, for hints at misspelt options.
+    """
+    register_configs()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints tracebacks and exits by itself
+    try:
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            raise ConfigError(
+                "--multirun is not supported: a search samples, schedules and records its trials "
+                "together (pipelines/tune_*.py); independent runs are separate commands"
+            )
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = [line for line in str(error).splitlines() if "object_type" not in line]
+        sys.exit("\n".join(["error: " + "\n".join(lines).strip(), *_hints(config_name)]))
+    except RumError as error:
+        sys.exit(f"error: {error}")
+
+
+def _hints(config_name: str) -> list[str]:
+    """Names the nearest known option for each override that is not one."""
+    root = Path(__file__).parents[1] / "search_spaces"
+    overrides = OverridesParser.create().parse_overrides(
+        [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+    )
+    groups = [o for o in overrides if (root / o.key_or_group).is_dir()]
+    groups += [o for o in overrides if o.key_or_group in ("model", "task") and o not in groups]
+    hints = []
+    GlobalHydra.instance().clear()
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(root), version_base="1.3"):
+        try:
+            known_config = compose(config_name, [str(o.input_line) for o in groups])
+        except HydraException:
+            known_config = compose(config_name)
+    known = flatten(OmegaConf.to_container(known_config, resolve=False))
+    sections = {name.rsplit(".", depth)[0] for name in known for depth in range(1, 4)}
+    for override in overrides:
+        key = override.key_or_group
+        if key not in known and key not in sections and override not in groups:
+            hints.append(f"unknown option {key!r}{nearest(key, [*known, *sections])}")
+    return hints

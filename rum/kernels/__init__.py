@@ -1,0 +1,1 @@
+"""One recurrence, several speeds: whole-sequence kernels that agree with the cells' own steps."""

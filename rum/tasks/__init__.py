@@ -1,0 +1,18 @@
+"""Tasks of the paper and their registry."""
+
+from rum.tasks.base import TASKS, Batch, Task, TaskConfig, Totals, register_task
+from rum.tasks.character_lm import CharacterLMConfig, CharacterLMTask
+from rum.tasks.copying import CopyingConfig, CopyingTask
+
+__all__ = [
+    "TASKS",
+    "Batch",
+    "CharacterLMConfig",
+    "CharacterLMTask",
+    "CopyingConfig",
+    "CopyingTask",
+    "Task",
+    "TaskConfig",
+    "Totals",
+    "register_task",
+]

@@ -1,0 +1,127 @@
+"""One training run by itself: a named folder, progress on the terminal, resumable."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rum.checks import check_choice
+from rum.errors import ConfigError
+from rum.experiment import ExperimentConfig, check_device, parameter_count, run_experiment
+from rum.tasks import Task
+from rum.training.checkpoint import CheckpointStore
+from rum.training.loop import Progress, Report
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """Where runs are recorded."""
+
+    name: str = "mlflow"
+    """"mlflow" or "none"."""
+    uri: str | None = None
+    """MLflow tracking URI; null takes MLFLOW_TRACKING_URI, else SQLite in `output_dir`."""
+    experiment: str = "rum"
+    """MLflow experiment that holds the runs."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on an invalid value."""
+        check_choice("tracking.name", self.name, ("mlflow", "none"))
+
+
+@dataclass(kw_only=True)
+class TrainConfig(ExperimentConfig):
+    """Options of `pipelines/train.py`."""
+
+    name: str | None = None
+    """Of the run and its folder; null makes one from task, corpus and model."""
+    data_dir: str | None = None
+    """Where corpora are looked for first."""
+    output_dir: str = "outputs"
+    """Everything that is written goes below."""
+    resume: str = "no"
+    """"no", or "yes": go on from the run's last checkpoint."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on an invalid value."""
+        check_choice("resume", self.resume, ("no", "yes"))
+
+    def folder(self, task: Task) -> Path:
+        """The run's folder."""
+        name = self.name or f"{task_slug(task, self.task.name)}-{self.model.name}"
+        return Path(self.output_dir).absolute() / "runs" / name
+
+
+def task_slug(task: Task, name: str) -> str:
+    """A task and its corpus as part of a file name."""
+    return f"{name}-{task.corpus}".replace("/", "_")
+
+
+def load_task(config: TrainConfig) -> Task:
+    """Loads the data of a run."""
+    data_dir = Path(config.data_dir).absolute() if config.data_dir else None
+    return config.task.load(seed=config.training.seed, data_dir=data_dir)
+
+
+def train(
+    config: TrainConfig, write: Callable[[str], None], record: Callable[[Report], None]
+) -> Progress:
+    """Trains one model.
+
+    Args:
+        config: The run.
+        write: Takes lines for the user.
+        record: Takes each epoch's report.
+
+    Raises:
+        ConfigError: If the run exists and `resume` is "no", or does not exist and it is "yes".
+        DataError: If the corpus is missing or altered.
+    """
+    check_device(config.training.device)
+    task = load_task(config)
+    folder = config.folder(task)
+    exists = CheckpointStore(folder).last() is not None
+    if exists and config.resume == "no":
+        raise ConfigError(f"run {folder} exists: go on with resume=yes, or choose name=...")
+    if not exists and config.resume == "yes":
+        raise ConfigError(f"resume=yes, but {folder} has no checkpoint")
+    write(f"{folder}: {parameter_count(config.model, task):,} parameters, {task.protocol}")
+    for name, value in task.baselines().items():
+        write(f"  {name} baseline: {value:.4f} {task.metric}")
+    line = _ProgressLine()
+
+    def report(metrics: Report) -> None:
+        line.clear()
+        record(metrics)
+        shown = " ".join(
+            f"{name} {value:.4f}"
+            for name, value in metrics.items()
+            if name.startswith(("train/", "validation/"))
+        )
+        write(f"epoch {metrics['epoch']}/{config.training.max_epochs} {shown}")
+
+    progress = run_experiment(config, task, folder, report, on_step=line.show)
+    write(f"best validation {task.metric}: {progress.best_value:.4f}; checkpoints in {folder}")
+    return progress
+
+
+class _ProgressLine:
+    """A line on the terminal that says how far the epoch is; nothing where there is none."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._last = 0.0
+
+    def show(self, step: int, total: int) -> None:
+        now = time.monotonic()
+        if self._is_terminal and now - self._last > 0.2:
+            self._last = now
+            bar = "#" * (30 * step // total)
+            sys.stderr.write(f"\r[{bar:<30}] update {step}/{total}")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        if self._is_terminal:
+            sys.stderr.write("\r\033[K")

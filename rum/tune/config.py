@@ -1,0 +1,178 @@
+"""Typed options of a search, of continuing its best trials, and of an evaluation."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rum.checks import check_at_least, check_choice, check_positive
+from rum.errors import ConfigError
+from rum.experiment import ExperimentConfig
+from rum.train import TrackingConfig
+
+SAMPLERS = ("random", "tpe")
+SCHEDULERS = ("none", "asha")
+
+
+@dataclass(kw_only=True)
+class Domain:
+    """The values of one searched option, in Optuna's words; both ends inclusive."""
+
+    type: str
+    """"int", "float" or "categorical"."""
+    low: float | None = None
+    high: float | None = None
+    step: float | None = None
+    log: bool = False
+    choices: list[Any] | None = None
+    """Of "categorical"; a single choice fixes the option."""
+    when: dict[str, Any] | None = None
+    """Searched only while these other options, named above it, have these values."""
+
+
+@dataclass(kw_only=True)
+class SamplerConfig:
+    """How new trials are chosen."""
+
+    name: str = "tpe"
+    """"tpe" or "random": Optuna's own."""
+    seed: int = 0
+    """Each trial's randomness comes from this and the trial's number."""
+    startup_trials: int = 10
+    """Of "tpe": random trials before the model takes over."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on an invalid value."""
+        check_choice("sampler.name", self.name, SAMPLERS)
+        check_at_least("sampler.seed", self.seed, 0)
+        check_at_least("sampler.startup_trials", self.startup_trials, 1)
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig:
+    """Which trials are stopped early."""
+
+    name: str = "asha"
+    """"asha" (stopping type: Li et al. 2020) or "none"."""
+    grace_epochs: int = 1
+    """Of "asha": the first rung; no trial is stopped before."""
+    reduction_factor: int = 3
+    """Of "asha": at each rung the best 1/factor go on; rungs are grace_epochs x factor^k."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on an invalid value."""
+        check_choice("scheduler.name", self.name, SCHEDULERS)
+        check_at_least("scheduler.grace_epochs", self.grace_epochs, 1)
+        check_at_least("scheduler.reduction_factor", self.reduction_factor, 2)
+
+
+@dataclass(kw_only=True)
+class SearchOptions:
+    """How many trials, and what each may use."""
+
+    num_trials: int = 32
+    """Trials in all; an existing study is extended by as many."""
+    max_concurrent: int | None = None
+    """Trials at a time; null: as many as fit the CPUs (and GPUs) that are free."""
+    cpus_per_trial: int = 1
+    """CPU cores, and torch's threads, of a trial."""
+    gpus_per_trial: float = 0.0
+    """Share of a GPU of a trial; with training.device=cuda 0 counts as 1."""
+    max_failures: int = 3
+    """Times that a trial whose process died goes on from its last checkpoint."""
+    disk_reserve_gigabytes: float = 2.0
+    """Start no search that would leave less than this free on the disk of `output_dir`."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on an invalid value."""
+        check_at_least("search.num_trials", self.num_trials, 1)
+        if self.max_concurrent is not None:
+            check_at_least("search.max_concurrent", self.max_concurrent, 1)
+        check_at_least("search.cpus_per_trial", self.cpus_per_trial, 1)
+        if not 0.0 <= self.gpus_per_trial:
+            raise ConfigError(f"search.gpus_per_trial must be >= 0, got {self.gpus_per_trial}")
+        check_at_least("search.max_failures", self.max_failures, 0)
+        if not 0.0 <= self.disk_reserve_gigabytes:
+            raise ConfigError(
+                f"search.disk_reserve_gigabytes must be >= 0, got {self.disk_reserve_gigabytes}"
+            )
+
+
+@dataclass(kw_only=True)
+class SearchConfig(ExperimentConfig):
+    """Options of `pipelines/tune_*.py`: an experiment and what is searched around it."""
+
+    space: dict[str, Domain] = field(default_factory=dict)
+    """What is searched, by dotted name of the option."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    search: SearchOptions = field(default_factory=SearchOptions)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    study: str | None = None
+    """Name of the study; null makes one from task, corpus and model."""
+    study_exists: str = "extend"
+    """What to do with an existing study of the same space: "extend" it by search.num_trials,
+    make a "new" one beside it, or "error"."""
+    resume: str = "no"
+    """"yes": go on with an interrupted study (or extend a finished one)."""
+    dry_run: bool = False
+    """Print parameter counts and the forecast, then stop."""
+    data_dir: str | None = None
+    """Where corpora are looked for first."""
+    output_dir: str = "outputs"
+    """Everything that is written goes below."""
+    command: str = "python pipelines/tune_ptb.py"
+    """How this pipeline is called, for the commands that it prints."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on an invalid value."""
+        check_choice("study_exists", self.study_exists, ("error", "extend", "new"))
+        check_choice("resume", self.resume, ("no", "yes"))
+        if self.tracking.name != "mlflow":
+            raise ConfigError(
+                f"a search is recorded: tracking must be mlflow, got {self.tracking}"
+            )
+
+
+@dataclass(kw_only=True)
+class ResumeConfig:
+    """Options of `pipelines/resume.py`: continue the best trials of a study."""
+
+    study: str
+    """Name of the study whose trials continue."""
+    top: int = 3
+    """How many, best first."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """What changes in their training; `max_epochs` must grow."""
+    search: SearchOptions = field(default_factory=SearchOptions)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    data_dir: str | None = None
+    output_dir: str = "outputs"
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on an invalid value."""
+        check_at_least("top", self.top, 1)
+        check_at_least("training.max_epochs", self.training.get("max_epochs", 0), 1)
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Options of `pipelines/evaluate.py`."""
+
+    checkpoint: str
+    """A checkpoint folder, or `models:/<name>@best` (or `/<version>`) in MLflow."""
+    splits: list[str] = field(default_factory=lambda: ["validation", "test"])
+    corpus: str | None = None
+    """Another corpus with the same symbols; null takes the one of the checkpoint."""
+    device: str = "cpu"
+    threads: int | None = None
+    again: bool = False
+    """Evaluate on test even if the run's test result is already recorded."""
+    data_dir: str | None = None
+    output_dir: str = "outputs"
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on an invalid value."""
+        for split in self.splits:
+            check_choice("splits", split, ("validation", "test"))
+        if self.threads is not None:
+            check_positive("threads", self.threads)
