@@ -1,6 +1,7 @@
 """Hydra: registers the typed configurations, and runs a pipeline with clear errors."""
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,8 @@ def to_config(cfg: DictConfig) -> Any:
     Raises:
         ConfigError: If a value is missing or not valid.
     """
+    if "command" in cfg:
+        cfg.command = shlex.join(["python", *sys.argv])
     try:
         return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
@@ -68,10 +71,13 @@ def run_pipeline(main: Callable[[], Any], config_name: str) -> None:
             )
         main()
     except (HydraException, OmegaConfBaseException) as error:
-        lines = [line for line in str(error).splitlines() if "object_type" not in line]
+        text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
+        lines = [line for line in text.splitlines() if "object_type" not in line]
         sys.exit("\n".join(["error: " + "\n".join(lines).strip(), *_hints(config_name)]))
     except RumError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def _hints(config_name: str) -> list[str]:

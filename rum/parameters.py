@@ -38,6 +38,18 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts from dotted names, the inverse of `flatten`."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, leaf = name.split(".")
+        section = nested
+        for part in path:
+            section = section.setdefault(part, {})
+        section[leaf] = value
+    return nested
+
+
 def replace(config: _T, parameters: Mapping[str, Any]) -> _T:
     """Returns a copy of a nested dataclass with some leaves changed; every check runs again.
 

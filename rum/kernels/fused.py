@@ -394,7 +394,7 @@ def rum_recurrence(
     Raises:
         RuntimeError: When differentiated twice; the reference backend can do that.
     """
-    result: Tensor = _FusedRecurrence.apply(
+    result: Tensor = _FusedRecurrence.apply(  # type: ignore[no-untyped-call]
         projected.contiguous(),
         embedded.contiguous(),
         hidden.contiguous(),

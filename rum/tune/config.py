@@ -113,6 +113,8 @@ class SearchConfig(ExperimentConfig):
     make a "new" one beside it, or "error"."""
     resume: str = "no"
     """"yes": go on with an interrupted study (or extend a finished one)."""
+    preset: str = "full"
+    """The `preset` option in force; part of the default name of the study."""
     dry_run: bool = False
     """Print parameter counts and the forecast, then stop."""
     data_dir: str | None = None
@@ -120,7 +122,7 @@ class SearchConfig(ExperimentConfig):
     output_dir: str = "outputs"
     """Everything that is written goes below."""
     command: str = "python pipelines/tune_ptb.py"
-    """How this pipeline is called, for the commands that it prints."""
+    """How this pipeline was called; set by the pipeline, for the commands that it prints."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
@@ -133,6 +135,23 @@ class SearchConfig(ExperimentConfig):
 
 
 @dataclass(kw_only=True)
+class ContinuedTrainingConfig:
+    """What changes in the training of a continued trial."""
+
+    max_epochs: int | None = None
+    """Epochs in all; must be given, and more than the study had."""
+    learning_rate: float | None = None
+    """null keeps what it was; cannot change where it was searched."""
+    device: str = "cpu"
+    """"cpu" or "cuda"."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on an invalid value."""
+        if self.max_epochs is not None:
+            check_at_least("training.max_epochs", self.max_epochs, 1)
+
+
+@dataclass(kw_only=True)
 class ResumeConfig:
     """Options of `pipelines/resume.py`: continue the best trials of a study."""
 
@@ -140,8 +159,9 @@ class ResumeConfig:
     """Name of the study whose trials continue."""
     top: int = 3
     """How many, best first."""
-    training: dict[str, Any] = field(default_factory=dict)
-    """What changes in their training; `max_epochs` must grow."""
+    training: ContinuedTrainingConfig = field(default_factory=ContinuedTrainingConfig)
+    command: str = "python pipelines/resume.py"
+    """How this pipeline was called; set by the pipeline."""
     search: SearchOptions = field(default_factory=SearchOptions)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     data_dir: str | None = None
@@ -150,7 +170,6 @@ class ResumeConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
         check_at_least("top", self.top, 1)
-        check_at_least("training.max_epochs", self.training.get("max_epochs", 0), 1)
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,239 @@
+"""Decides what runs next, what goes on and what stops; keeps Optuna and MLflow in step.
+
+Knows nothing of Ray: `rum.tune.ray_adapters` hands its questions and answers over. Every decision
+is recorded in Optuna's study the moment it is made, so that whatever dies afterwards, the study
+says what was decided. The running best goes to sampler and scheduler, the measured values to
+MLflow.
+"""
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from rum.experiment import ExperimentConfig
+from rum.parameters import flatten
+from rum.tasks import Task
+from rum.training.checkpoint import CheckpointStore
+from rum.training.loop import Report
+from rum.tune import messages
+from rum.tune.asha import Rungs
+from rum.tune.messages import Workplace
+from rum.tune.provenance import trial_tags
+from rum.tune.space import apply
+from rum.tune.study import ORIGIN, REASON, RUNG, Study, TrialSpec, is_sound
+from rum.tune.tracking import FAILED, FINISHED, INTERRUPTED, KILLED, Tracker, ended
+
+
+class Conductor:
+    """Runs the books of one search."""
+
+    def __init__(
+        self,
+        study: Study,
+        base: ExperimentConfig,
+        task: Task,
+        rungs: Rungs,
+        tracker: Tracker,
+        workplace: Workplace,
+    ) -> None:
+        """Takes over a study: what an earlier driver left open is queued first.
+
+        Args:
+            study: The study.
+            base: The experiment around the searched options.
+            task: Gives metric and mode.
+            rungs: The scheduler, empty; filled here from the study.
+            tracker: MLflow.
+            workplace: Where the trials' checkpoints are.
+        """
+        self._study = study
+        self._base = base
+        self._key = f"validation/best_{task.metric}"
+        self._metric = task.metric
+        self._rungs = rungs
+        self._tracker = tracker
+        self._workplace = workplace
+        self._last_epoch: dict[int, int] = {}
+        self._running: dict[int, TrialSpec] = {}
+        self._adopted = study.trials(TrialState.RUNNING)
+        self._asked = len(study.trials()) - len(study.trials(TrialState.WAITING))
+        self._began = time.monotonic()
+        self._ended_at_start = self.num_ended
+        for trial in study.trials():
+            if is_sound(trial):
+                self._rungs.file(trial.number, trial.intermediate_values)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Writes to MLflow what an earlier driver did not get to."""
+        for trial in self._study.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL):
+            if ended(self._tracker.known_status(trial.number)):
+                continue
+            self._start_run(trial.number, trial.params, trial.user_attrs.get(ORIGIN))
+            self._log_missing(trial.number, max(trial.intermediate_values, default=0))
+            self._end_run(trial)
+
+    def _log_missing(self, number: int, up_to_epoch: int) -> None:
+        last = CheckpointStore(self._workplace.trial_folder(number)).last()
+        for report in last.reports if last else []:
+            if report["epoch"] <= up_to_epoch:
+                self._tracker.log_report(number, report)
+
+    # What runs next
+
+    @property
+    def num_ended(self) -> int:
+        """Trials that have ended."""
+        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+        return len(self._study.trials(*states))
+
+    @property
+    def num_open(self) -> int:
+        """Trials that are still to run or to finish."""
+        return max(0, self._study.target - self.num_ended)
+
+    def next_trial(self) -> TrialSpec | None:
+        """The next trial to start, None when all have been."""
+        if self._adopted:
+            frozen = self._adopted.pop(0)
+            spec = self._study.adopt(frozen)
+            epochs = frozen.intermediate_values
+            self._last_epoch[spec.number] = max(epochs, default=0)
+        elif self._asked < self._study.target:
+            self._asked += 1
+            spec = self._study.ask()
+            self._last_epoch[spec.number] = 0
+        else:
+            return None
+        self._running[spec.number] = spec
+        self._start_run(spec.number, spec.parameters, spec.origin)
+        self._log_missing(spec.number, self._last_epoch[spec.number])
+        return spec
+
+    def _start_run(
+        self, number: int, parameters: dict[str, Any], origin: dict[str, Any] | None
+    ) -> None:
+        experiment = apply(self._base, parameters)
+        tags = trial_tags(experiment)
+        if origin:
+            tags |= {f"rum.origin_{key}": str(value) for key, value in origin.items()}
+        plain = {name: asdict(getattr(experiment, name)) for name in ("model", "task", "training")}
+        self._tracker.start_trial(
+            number,
+            f"{self._study.name}-{number:04d}",
+            flatten(plain),
+            tags,
+            parent_id=origin["run_id"] if origin else None,
+        )
+
+    # What goes on
+
+    def on_message(self, message: dict[str, Any]) -> bool:
+        """Takes a trial's message; returns whether the trial is to stop."""
+        number = message["number"]
+        if number not in self._running:
+            return True  # ended already, for example by an exception
+        status = message["status"]
+        if status in (messages.DIVERGED, messages.CRASHED):
+            state = TrialState.PRUNED if status == messages.DIVERGED else TrialState.FAIL
+            self._end(number, state, reason=message["reason"], worker=message["worker"])
+            return True
+        report: Report = message["report"]
+        epoch, value = int(report["epoch"]), report[self._key]
+        if epoch > self._last_epoch[number]:
+            self._last_epoch[number] = epoch
+            self._study.report(number, epoch, value)
+            self._tracker.log_report(number, report)
+            if status != messages.FINISHED and self._rungs.judge(number, epoch, value):
+                reason = f"stopped by the scheduler: {value:.4f} at rung {epoch}"
+                self._end(
+                    number, TrialState.PRUNED, reason=reason, rung=epoch, worker=message["worker"]
+                )
+                return True
+        if status == messages.FINISHED:
+            self._end(number, TrialState.COMPLETE, value=value, worker=message["worker"])
+        return False
+
+    def on_lost(self, number: int, reason: str) -> None:
+        """Takes that a trial ended without saying so (its process died too often)."""
+        if number in self._running:
+            self._end(number, TrialState.FAIL, reason=f"crashed: {reason}", worker={})
+
+    def _end(
+        self,
+        number: int,
+        state: TrialState,
+        *,
+        worker: dict[str, Any],
+        value: float | None = None,
+        reason: str | None = None,
+        rung: int | None = None,
+    ) -> None:
+        del self._running[number]
+        self._study.finish(number, state, value=value, reason=reason, rung=rung)
+        frozen = next(trial for trial in self._study.trials() if trial.number == number)
+        self._end_run(frozen, worker)
+        best = self.best
+        if best is not None and best.value is not None:
+            self._tracker.log_best(self._metric, best.value, self.num_ended)
+
+    def _end_run(self, trial: FrozenTrial, worker: dict[str, Any] | None = None) -> None:
+        reason = str(trial.user_attrs.get(REASON, ""))
+        if trial.state == TrialState.COMPLETE:
+            status = FINISHED
+        elif trial.state == TrialState.PRUNED and is_sound(trial):
+            status = KILLED
+        else:
+            status = FAILED
+        tags = {"rum.state": trial.state.name}
+        if reason:
+            tags["rum.reason"] = reason
+        if RUNG in trial.user_attrs:
+            tags["rum.rung"] = str(trial.user_attrs[RUNG])
+        tags |= {f"rum.worker_{key}": str(value) for key, value in (worker or {}).items()}
+        self._tracker.end_trial(trial.number, status, tags)
+
+    def interrupt(self) -> None:
+        """Marks what is still running as to be gone on with."""
+        for number in self._running:
+            self._tracker.end_trial(number, INTERRUPTED, {"rum.state": "interrupted"})
+
+    # How it stands
+
+    @property
+    def best(self) -> FrozenTrial | None:
+        """The best trial that ended."""
+        ranked = self._study.ranked()
+        return ranked[0] if ranked else None
+
+    def progress(self) -> str:
+        """One line: trials by state, best so far, time left."""
+        trials = self._study.trials()
+        counts = {
+            "running": len(self._running),
+            "finished": sum(t.state == TrialState.COMPLETE for t in trials),
+            "stopped early": sum(t.state == TrialState.PRUNED and is_sound(t) for t in trials),
+            "failed": sum(
+                t.state == TrialState.FAIL or (t.state == TrialState.PRUNED and not is_sound(t))
+                for t in trials
+            ),
+        }
+        parts = [f"{self.num_ended}/{self._study.target} trials"]
+        parts += [f"{count} {name}" for name, count in counts.items() if count]
+        values = [v for t in trials if is_sound(t) for v in t.intermediate_values.values()]
+        if values:
+            best = min(values) if self._study.mode == "min" else max(values)
+            parts.append(f"best {best:.4f} {self._metric}")
+        done = self.num_ended - self._ended_at_start
+        if done and self.num_open:
+            left = (time.monotonic() - self._began) / done * self.num_open
+            parts.append(f"about {_duration(left)} left")
+        return " | ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,136 @@
+"""Continues a study's best trials for more epochs, as a study of their own."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from rum.errors import ConfigError, StudyError
+from rum.experiment import ExperimentConfig, experiment_from_plain
+from rum.parameters import nearest, replace, unflatten
+from rum.training.checkpoint import CheckpointStore
+from rum.tune.config import Domain, ResumeConfig, SamplerConfig, SchedulerConfig, SearchConfig
+from rum.tune.messages import Workplace
+from rum.tune.search import conduct, define, output_folder
+from rum.tune.study import (
+    ORIGIN,
+    Study,
+    check_definition,
+    create_study,
+    locked,
+    open_storage,
+    study_names,
+)
+from rum.tune.tracking import connect, trial_run
+
+
+def continue_best(config: ResumeConfig) -> str:
+    """Continues the best trials, finished or stopped early, from their last checkpoints.
+
+    They become trials of the study `<study>-to-<max_epochs>`, without a scheduler, and child runs
+    of the runs they come from. Repeating the command goes on with what is not finished; a larger
+    `top` adds trials.
+
+    Raises:
+        ConfigError: If `max_epochs` does not grow, or a change touches a searched option.
+        StudyError: If there is no such study, or it has fewer trials than `top`.
+    """
+    output_dir = output_folder(config.output_dir)
+    storage = open_storage(output_dir)
+    names = study_names(storage)
+    if config.study not in names:
+        raise StudyError(
+            f"there is no study {config.study!r}{nearest(config.study, names)} "
+            f"Studies in {output_dir}: {', '.join(names) or 'none'}"
+        )
+    search = _search_config(config, storage)
+    origin_study = Study(storage, config.study, search.space, search.sampler)
+    ranked = origin_study.ranked()
+    if config.top > len(ranked):
+        raise StudyError(
+            f"top is {config.top}, but study {config.study} has {len(ranked)} trials with a value"
+        )
+    data_dir = Path(config.data_dir).absolute() if config.data_dir else None
+    task = search.task.load(seed=search.training.seed, data_dir=data_dir)
+    if task.checksum != origin_study.definition["data_checksum"]:
+        raise StudyError(
+            f"study {config.study} was made on other data: checksum "
+            f"{origin_study.definition['data_checksum']}, now {task.checksum}"
+        )
+    client, experiment_id = connect(config.tracking, output_dir)
+    definition = define(search, task)
+    name = f"{config.study}-to-{search.training.max_epochs}"
+    with locked(output_dir / "studies" / name):
+        if name not in study_names(storage):
+            create_study(storage, name, definition)
+        study = Study(storage, name, search.space, search.sampler)
+        check_definition(study, definition)
+        queued = {trial.user_attrs[ORIGIN]["trial"] for trial in study.trials()}
+        for trial in ranked[: config.top]:
+            if trial.number not in queued:
+                run = trial_run(client, experiment_id, config.study, trial.number)
+                study.enqueue(trial.params, _origin(config, output_dir, trial, run.info.run_id))
+        study.target = len(study.trials())
+        return conduct(search, study, task, client, experiment_id)
+
+
+def _origin(
+    config: ResumeConfig, output_dir: Path, trial: FrozenTrial, run_id: str
+) -> dict[str, Any]:
+    workplace = Workplace({}, str(output_dir / "studies" / config.study), None)
+    last = CheckpointStore(workplace.trial_folder(trial.number)).last()
+    if last is None:
+        raise StudyError(f"trial {trial.number} of study {config.study} has no checkpoint")
+    return {
+        "study": config.study,
+        "trial": trial.number,
+        "run_id": run_id,
+        "checkpoint": str(last.path),
+    }
+
+
+def _search_config(config: ResumeConfig, storage: Any) -> SearchConfig:
+    """The search that the study was made with, with the changes that are asked for."""
+    definition = Study(storage, config.study, {}, SamplerConfig()).definition
+    before = experiment_from_plain(unflatten(definition["experiment"]))
+    experiment = _changed(before, config, definition["space"])
+    return SearchConfig(
+        model=experiment.model,
+        task=experiment.task,
+        training=dataclasses.replace(
+            experiment.training,
+            threads=config.search.cpus_per_trial,
+            device=config.training.device,
+        ),
+        space={name: Domain(**domain) for name, domain in definition["space"].items()},
+        scheduler=SchedulerConfig(name="none"),
+        search=config.search,
+        tracking=config.tracking,
+        data_dir=config.data_dir,
+        output_dir=config.output_dir,
+        command=config.command,
+    )
+
+
+def _changed(
+    before: ExperimentConfig, config: ResumeConfig, space: dict[str, Any]
+) -> ExperimentConfig:
+    if config.training.max_epochs is None:
+        raise ConfigError(
+            f"training.max_epochs must be given: study {config.study} had "
+            f"{before.training.max_epochs}"
+        )
+    changes: dict[str, Any] = {"training.max_epochs": config.training.max_epochs}
+    if config.training.learning_rate is not None:
+        changes["training.learning_rate"] = config.training.learning_rate
+    for name in changes:
+        if name in space:
+            raise ConfigError(f"{name} was searched: a continued trial keeps its own value")
+    after = replace(before, changes)
+    if after.training.max_epochs <= before.training.max_epochs:
+        raise ConfigError(
+            f"training.max_epochs must be more than the {before.training.max_epochs} of study "
+            f"{config.study}, got {after.training.max_epochs}"
+        )
+    return after

@@ -1,0 +1,97 @@
+"""Evaluates a checkpoint on validation and test; a registered model's test result is kept."""
+
+import dataclasses
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from rum.experiment import check_device, experiment_from_plain, load_model
+from rum.models import count_parameters
+from rum.tasks import CharacterLMConfig, Task
+from rum.training.checkpoint import Checkpoint, read_checkpoint
+from rum.training.loop import evaluate
+from rum.tune.config import EvaluateConfig
+
+TEST_TAG = "rum.test_evaluated_at"
+
+
+def evaluate_checkpoint(config: EvaluateConfig) -> str:
+    """Evaluates a checkpoint folder or a registered model.
+
+    A registered model's test metrics go into its run, with the time. Test is looked at once: a
+    second call shows what is recorded, unless `again` is set.
+
+    Returns:
+        A line for each metric; test with the headline batch size first.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged or does not fit the corpus.
+        TrackingError: If the registered model cannot be had.
+    """
+    check_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if not config.checkpoint.startswith("models:/"):
+        checkpoint = read_checkpoint(Path(config.checkpoint).expanduser().absolute())
+        return "\n".join(_lines(_metrics(config, checkpoint, config.splits)))
+
+    from rum.tune.registry import fetch
+    from rum.tune.tracking import connect, tracking_uri
+
+    output_dir = Path(config.output_dir).absolute()
+    client, _ = connect(config.tracking, output_dir)
+    fetched = fetch(client, config.checkpoint, tracking_uri(config.tracking, output_dir))
+    run = client.get_run(fetched.run_id)
+    checkpoint = read_checkpoint(fetched.path)
+    splits = list(config.splits)
+    recorded: dict[str, float] = {}
+    note = ""
+    if "test" in splits and TEST_TAG in run.data.tags and not config.again:
+        splits.remove("test")
+        recorded = {k: v for k, v in run.data.metrics.items() if k.startswith("test/")}
+        note = f"\ntest as recorded at {run.data.tags[TEST_TAG]}; again=true repeats it"
+    metrics = _metrics(config, checkpoint, splits)
+    if "test" in splits and config.corpus is None:
+        for name, value in metrics.items():
+            if name.startswith("test/"):
+                client.log_metric(
+                    fetched.run_id, name, value, step=checkpoint.description["epoch"]
+                )
+        client.set_tag(fetched.run_id, TEST_TAG, datetime.now(UTC).isoformat(timespec="seconds"))
+    return (
+        f"{config.checkpoint} (run {fetched.run_id})\n"
+        + "\n".join(_lines(metrics | recorded))
+        + note
+    )
+
+
+def _metrics(
+    config: EvaluateConfig, checkpoint: Checkpoint, splits: list[str]
+) -> dict[str, float]:
+    task = _load_task(config, checkpoint)
+    model = load_model(checkpoint, task, config.device)
+    metrics: dict[str, float] = {"parameters": count_parameters(model)}
+    for split in splits:
+        sizes = task.headline_batch_sizes if split == "test" else (None,)
+        for size in sizes:
+            suffix = "" if size == sizes[0] else f"_batch_{size}"
+            values = evaluate(model, task, split, config.device, size)
+            metrics |= {f"{split}/{name}{suffix}": value for name, value in values.items()}
+    return metrics
+
+
+def _load_task(config: EvaluateConfig, checkpoint: Checkpoint) -> Task:
+    experiment = experiment_from_plain(checkpoint.description["experiment"])
+    task = experiment.task
+    if config.corpus is not None and isinstance(task, CharacterLMConfig):
+        task = dataclasses.replace(task, corpus=config.corpus)
+    data_dir = Path(config.data_dir).absolute() if config.data_dir else None
+    return task.load(seed=experiment.training.seed, data_dir=data_dir)
+
+
+def _lines(metrics: dict[str, float]) -> list[str]:
+    return [
+        f"{name:<42} {value:,.0f}" if name == "parameters" else f"{name:<42} {value:.4f}"
+        for name, value in metrics.items()
+    ]

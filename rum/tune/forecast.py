@@ -1,0 +1,125 @@
+"""What a search will cost, before it starts: parameters, hours, disk."""
+
+import shutil
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+import torch
+
+from rum.errors import ConfigError
+from rum.experiment import ExperimentConfig, model_sizes, parameter_count
+from rum.models import SequenceModel
+from rum.tasks import Task
+from rum.tune.asha import expected_epochs, milestones
+from rum.tune.config import SearchConfig
+from rum.tune.space import apply, suggest
+from rum.tune.study import build_sampler
+
+SAMPLES = 25
+PROBE_STEPS = 8  # time steps of the probe's window
+BYTES_PER_PARAMETER = 12  # weights and Adam's two moments, float32
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The cost of a search; hours are rough, from one probe of a few steps on this machine."""
+
+    parameters: tuple[int, int, int]
+    """Smallest, median, largest of a sample of the space."""
+    epochs_per_trial: float
+    """Mean, as far as the scheduler stops trials early."""
+    hours: float
+    """With the scheduler stopping trials as it should."""
+    hours_at_most: float
+    """If no trial is stopped."""
+    disk_bytes: int
+    """Best and last checkpoint of every trial."""
+    free_bytes: int
+
+    def __str__(self) -> str:
+        """For people."""
+        low, median, high = self.parameters
+        return (
+            f"Parameters of a trial: {low:,} to {high:,}, median {median:,} "
+            f"({SAMPLES} samples of the space)\n"
+            f"Forecast: {_hours(self.hours)} with early stopping (on average "
+            f"{self.epochs_per_trial:.1f} epochs a trial), at most {_hours(self.hours_at_most)}; "
+            f"disk {self.disk_bytes / 2**30:.1f} GiB of {self.free_bytes / 2**30:.0f} GiB free"
+        )
+
+
+def _hours(hours: float) -> str:
+    return f"{hours * 60:.0f} minutes" if hours < 2 else f"{hours:,.0f} hours"
+
+
+def forecast(config: SearchConfig, task: Task, output_dir: Path, concurrent: int) -> Forecast:
+    """Forecasts a search from samples of its space and one probe.
+
+    Args:
+        config: The search.
+        task: Its task, loaded.
+        output_dir: On the disk in question.
+        concurrent: Trials at a time.
+    """
+    study = optuna.create_study(sampler=build_sampler(config.sampler, 0))
+    sampled = [apply(config, suggest(study.ask(), config.space)) for _ in range(SAMPLES)]
+    counts = [parameter_count(experiment.model, task) for experiment in sampled]
+    order = sorted(range(SAMPLES), key=lambda i: counts[i])
+    probed = order[SAMPLES // 2]
+    # An epoch costs roughly in proportion to parameters; validation comes on top.
+    seconds = _probe(sampled[probed], task) * task.steps_per_epoch * 1.1
+    mean_epoch = statistics.mean(seconds * count / counts[probed] for count in counts)
+    max_epochs = config.training.max_epochs
+    epochs = float(max_epochs)
+    if config.scheduler.name == "asha":
+        factor = config.scheduler.reduction_factor
+        rungs = milestones(config.scheduler.grace_epochs, factor, max_epochs)
+        epochs = expected_epochs(rungs, factor, max_epochs)
+    total = mean_epoch * config.search.num_trials / concurrent / 3600
+    return Forecast(
+        parameters=(counts[order[0]], counts[probed], counts[order[-1]]),
+        epochs_per_trial=epochs,
+        hours=total * epochs,
+        hours_at_most=total * max_epochs,
+        disk_bytes=int(2 * BYTES_PER_PARAMETER * statistics.mean(counts))
+        * config.search.num_trials,
+        free_bytes=shutil.disk_usage(_existing(output_dir)).free,
+    )
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
+def _probe(experiment: ExperimentConfig, task: Task) -> float:
+    """Seconds of one update, from a short window scaled to the full one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(experiment.training.threads or threads)
+    device = experiment.training.device
+    model = SequenceModel(experiment.model, **model_sizes(task)).to(device)
+    batch = task.training_batch(0)
+    steps = min(PROBE_STEPS, len(batch.input))
+    input, target = batch.input[:steps].to(device), batch.target[:steps].to(device)
+    durations = []
+    for _ in range(3):
+        began = time.perf_counter()
+        task.loss(model(input)[0], target).backward()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        durations.append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    return min(durations) * len(batch.input) / steps
+
+
+def check_disk(prediction: Forecast, reserve_gigabytes: float) -> None:
+    """Raises ConfigError if the search would leave less than the reserve free."""
+    left = prediction.free_bytes - prediction.disk_bytes
+    if left < reserve_gigabytes * 1e9:
+        raise ConfigError(
+            f"the search needs {prediction.disk_bytes / 1e9:.1f} GB of disk for checkpoints, but "
+            f"{prediction.free_bytes / 1e9:.1f} GB are free and search.disk_reserve_gigabytes = "
+            f"{reserve_gigabytes} must stay so: choose another output_dir or fewer trials"
+        )

@@ -1,0 +1,24 @@
+"""What driver and workers tell each other; plain values only."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# How a trial stands after a message; see `rum.tune.trial`.
+RUNNING, FINISHED, DIVERGED, CRASHED = "running", "finished", "diverged", "crashed"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What all trials of a search have in common."""
+
+    experiment: dict[str, Any]
+    """The base experiment, plain values."""
+    folder: str
+    """The study's folder."""
+    data_dir: str | None
+    """Where corpora are looked for first."""
+
+    def trial_folder(self, number: int) -> Path:
+        """Where a trial's checkpoints are."""
+        return Path(self.folder) / "trials" / f"{number:04d}"

@@ -1,0 +1,100 @@
+"""Tags that say what made a run: commit, versions, data, and the command that repeats it."""
+
+import platform
+import shlex
+import socket
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import rum
+from rum.cells import ModelConfig
+from rum.experiment import ExperimentConfig
+from rum.parameters import flatten
+from rum.tasks import Task
+
+
+def common_tags(task: Task, task_name: str) -> dict[str, str]:
+    """Tags of every run of a search or training."""
+    return {
+        "rum.task": task_name,
+        "rum.corpus": task.corpus,
+        "rum.data_checksum": task.checksum,
+        "rum.metric": task.metric,
+        "rum.protocol": task.protocol,
+        "rum.driver_host": socket.gethostname(),
+        **_versions(),
+        **_commit(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "ray", "optuna", "mlflow", "hydra-core")
+    return {
+        "rum.version": rum.__version__,
+        "rum.python": platform.python_version(),
+        **{f"rum.{name}": version(name) for name in packages},
+    }
+
+
+def _commit() -> dict[str, str]:
+    """The commit of this package's checkout; nothing where it is not in one."""
+    folder = Path(rum.__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None or git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return {}
+    dirty = bool(git("status", "--porcelain", "--", "."))
+    return {"mlflow.source.git.commit": commit, "rum.git_dirty": str(dirty).lower()}
+
+
+def trial_tags(experiment: ExperimentConfig) -> dict[str, str]:
+    """Tags of one training run."""
+    return {
+        "rum.model": experiment.model.name,
+        "rum.lambda": lambda_of(experiment.model),
+        "rum.seed": str(experiment.training.seed),
+        "rum.device": experiment.training.device,
+        "rum.command": command(experiment),
+    }
+
+
+def lambda_of(model: ModelConfig) -> str:
+    """The powers of the associative memory in a model's cells, "none" where it has no RUM."""
+    flat = flatten(model)
+    powers = [f"{value:g}" for name, value in flat.items() if name.split(".")[-1] == "lambda_"]
+    return " ".join(powers) or "none"
+
+
+def command(experiment: ExperimentConfig) -> str:
+    """The command that repeats a run by itself."""
+    flat = flatten(
+        ExperimentConfig(
+            model=experiment.model, task=experiment.task, training=experiment.training
+        )
+    )
+    names = {"model.name": "model", "task.name": "task"}
+    first = [f"{names[key]}={flat.pop(key)}" for key in names]
+    rest = [f"{key}={_hydra_value(value)}" for key, value in flat.items()]
+    return shlex.join(["python", "pipelines/train.py", *first, *rest])
+
+
+def _hydra_value(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and not value.replace("_", "").replace("-", "").isalnum():
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"'{escaped}'"
+    return str(value)

@@ -1,0 +1,97 @@
+"""Ray Tune's searcher, scheduler and callback, each a thin view of the conductor."""
+
+import json
+import sys
+import time
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from rum.tune.conductor import Conductor
+
+TERMINAL_SECONDS = 0.5
+LOG_SECONDS = 10.0
+
+
+class _NotPickled:
+    """Ray pickles what it is given into its own state files; ours live in the study."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class ConductedSearcher(_NotPickled, Searcher):
+    """Hands out the conductor's trials, under their number in the study."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        super().__init__(metric=None, mode=None)
+        self._conductor = conductor
+        self._numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Opens the next trial."""
+        spec = self._conductor.next_trial()
+        if spec is None:
+            return str(Searcher.FINISHED)
+        self._numbers[trial_id] = spec.number
+        return {"number": spec.number, "parameters": spec.parameters, "origin": spec.origin}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Matters only for a trial whose process died; the others have said how they ended."""
+        if error:
+            self._conductor.on_lost(self._numbers[trial_id], "its process died")
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing: the scheduler has seen every result first."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study has it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the study has it all."""
+
+
+class ConductedScheduler(_NotPickled, FIFOScheduler):
+    """Passes every message to the conductor and its decision back."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        super().__init__()
+        self._conductor = conductor
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Decides whether a trial goes on."""
+        stop = self._conductor.on_message(json.loads(result["message"]))
+        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
+
+
+class ProgressCallback(_NotPickled, Callback):
+    """Shows the conductor's progress: live on a terminal, now and then elsewhere."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self._conductor = conductor
+        self._is_terminal = sys.stderr.isatty()
+        self._last_time = 0.0
+        self._last_line = ""
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Ray calls this at every turn of its loop."""
+        interval = TERMINAL_SECONDS if self._is_terminal else LOG_SECONDS
+        if time.monotonic() - self._last_time < interval:
+            return
+        self._last_time = time.monotonic()
+        line = self._conductor.progress()
+        if self._is_terminal:
+            sys.stderr.write(f"\r\033[K{line}")
+        elif line != self._last_line:
+            sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+        self._last_line = line
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        """The last line stays."""
+        sys.stderr.write(f"\r\033[K{self._conductor.progress()}\n" if self._is_terminal else "")

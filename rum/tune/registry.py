@@ -1,0 +1,139 @@
+"""The best model of each task and corpus in MLflow's registry, under the alias `best`."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow.artifacts
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from rum.errors import TrackingError
+from rum.tasks import Task
+from rum.training.checkpoint import Checkpoint
+
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for three small files
+
+ALIAS = "best"
+ARTIFACT = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A model version, and whether it is the best now."""
+
+    name: str
+    version: str
+    message: str
+
+
+def model_name(task: Task, task_name: str) -> str:
+    """Name of the registered model of a task and corpus."""
+    return f"rum-{task_name}-{task.corpus}".replace("/", "_").replace(":", "_")
+
+
+def register(
+    client: MlflowClient, run_id: str, checkpoint: Checkpoint, task: Task, task_name: str
+) -> Registered:
+    """Makes a checkpoint an artifact of its run and a version of the task's model.
+
+    The alias `best` moves only if the validation metric beats that of its holder under the same
+    protocol and on the same data. Doing this twice changes nothing.
+
+    Args:
+        client: MLflow.
+        run_id: The run that made the checkpoint.
+        checkpoint: Best by validation.
+        task: The task.
+        task_name: Its name.
+    """
+    name = model_name(task, task_name)
+    value = float(checkpoint.description["best_value"])
+    version = _existing_version(client, name, run_id, checkpoint)
+    if version is None:
+        client.log_artifacts(run_id, str(checkpoint.path), ARTIFACT)
+        root = client.get_run(run_id).info.artifact_uri
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        version = client.create_model_version(
+            name,
+            f"{root}/{ARTIFACT}",
+            run_id,
+            tags={
+                "metric": task.metric,
+                "value": repr(value),
+                "protocol": task.protocol,
+                "data_checksum": task.checksum,
+                "sha256": checkpoint.description["sha256"],
+            },
+        )
+    return Registered(name, str(version.version), _move_alias(client, version, value, task))
+
+
+def _existing_version(
+    client: MlflowClient, name: str, run_id: str, checkpoint: Checkpoint
+) -> ModelVersion | None:
+    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        if version.tags.get("sha256") == checkpoint.description["sha256"]:
+            return version
+    return None
+
+
+def _move_alias(client: MlflowClient, version: ModelVersion, value: float, task: Task) -> str:
+    name = version.name
+    alias = f"models:/{name}@{ALIAS}"
+    try:
+        holder = client.get_model_version_by_alias(name, ALIAS)
+    except MlflowException:  # no version has the alias yet
+        holder = None
+    if holder is not None and holder.version == version.version:
+        return f"{alias} is version {version.version} ({task.metric} {value:.4f})"
+    if holder is not None:
+        same = (task.protocol, task.checksum)
+        if (holder.tags.get("protocol"), holder.tags.get("data_checksum")) != same:
+            return (
+                f"{alias} stays at version {holder.version}, which was measured under another "
+                f"protocol or on other data; this one is version {version.version}"
+            )
+        held = float(holder.tags["value"])
+        if not (value < held if task.mode == "min" else value > held):
+            return (
+                f"{alias} stays at version {holder.version} ({task.metric} {held:.4f}); "
+                f"this one is version {version.version} ({value:.4f})"
+            )
+    client.set_registered_model_alias(name, ALIAS, version.version)
+    return f"{alias} is now version {version.version} ({task.metric} {value:.4f})"
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A registered checkpoint on this machine."""
+
+    path: Path
+    run_id: str
+
+
+def fetch(client: MlflowClient, uri: str, tracking_uri: str) -> Fetched:
+    """Downloads the checkpoint of `models:/<name>@<alias>` or `models:/<name>/<version>`.
+
+    Raises:
+        TrackingError: If there is none.
+    """
+    reference = uri.removeprefix("models:/")
+    try:
+        if "@" in reference:
+            version = client.get_model_version_by_alias(*reference.split("@", 1))
+        else:
+            version = client.get_model_version(*reference.rsplit("/", 1))
+        folder = tempfile.mkdtemp(prefix="rum-checkpoint-")
+        path = mlflow.artifacts.download_artifacts(
+            artifact_uri=version.source, dst_path=folder, tracking_uri=tracking_uri
+        )
+    except (MlflowException, TypeError, OSError) as error:
+        raise TrackingError(f"cannot get {uri}: {error}") from error
+    return Fetched(Path(path), str(version.run_id))

@@ -1,0 +1,329 @@
+"""Runs a search: checks everything first, then lets Ray Tune run the conductor's trials."""
+
+import dataclasses
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+from ray import tune
+
+from rum.errors import ConfigError, RumError, StudyError
+from rum.experiment import ExperimentConfig, check_device
+from rum.parameters import flatten, nearest
+from rum.tasks import CharacterLMConfig, Task
+from rum.train import task_slug
+from rum.training.checkpoint import CheckpointStore
+from rum.tune.asha import Rungs, milestones
+from rum.tune.conductor import Conductor
+from rum.tune.config import SearchConfig
+from rum.tune.forecast import check_disk, forecast
+from rum.tune.messages import Workplace
+from rum.tune.provenance import common_tags
+from rum.tune.ray_adapters import ConductedScheduler, ConductedSearcher, ProgressCallback
+from rum.tune.registry import model_name, register
+from rum.tune.results import best_trials, failures
+from rum.tune.space import check_space, space_to_plain
+from rum.tune.study import (
+    Study,
+    check_definition,
+    create_study,
+    locked,
+    open_storage,
+    study_names,
+)
+from rum.tune.tracking import FINISHED, INTERRUPTED, Tracker, connect, tracking_uri
+from rum.tune.trial import run_trial
+
+# Options that may differ between the drivers of one study: they do not change what is computed.
+_NOT_DEFINING = ("training.device", "training.threads", "training.checkpoint_seconds")
+
+
+class InterruptedSearchError(RumError):
+    """A search was stopped by Ctrl-C; it can be resumed."""
+
+
+def output_folder(output_dir: str) -> Path:
+    """`output_dir` as an absolute path."""
+    return Path(output_dir).expanduser().absolute()
+
+
+def run_search(config: SearchConfig) -> str:
+    """Searches, or with `dry_run` says what a search would cost.
+
+    Returns:
+        What was found and what can be done next.
+
+    Raises:
+        ConfigError: If an option, the space or a combination is not valid.
+        DataError: If the corpus is missing or altered.
+        StudyError: If the study has other settings or another driver.
+        TrackingError: If MLflow cannot be used.
+        InterruptedSearchError: After Ctrl-C.
+    """
+    config = _located(config)
+    check_device(config.training.device)
+    check_space(config, config.space)
+    data_dir = Path(config.data_dir).absolute() if config.data_dir else None
+    task = config.task.load(seed=config.training.seed, data_dir=data_dir)
+    output_dir = output_folder(config.output_dir)
+    prediction = forecast(config, task, output_dir, _concurrent(config, os.cpu_count() or 1))
+    _say(f"Corpus: {task.corpus} ({task.source}); {task.protocol}")
+    _say(str(prediction))
+    if config.dry_run:
+        return "Dry run: nothing was started."
+    check_disk(prediction, config.search.disk_reserve_gigabytes)
+
+    client, experiment_id = connect(config.tracking, output_dir)
+    storage = open_storage(output_dir)
+    definition = define(config, task)
+    name = _study_name(config, task, storage)
+    with locked(output_dir / "studies" / name):
+        if name not in study_names(storage):
+            create_study(storage, name, definition)
+        study = Study(storage, name, config.space, config.sampler)
+        check_definition(study, definition)
+        _say(_set_target(study, config))
+        return conduct(config, study, task, client, experiment_id)
+
+
+def _located(config: SearchConfig) -> SearchConfig:
+    """Threads per trial, and a corpus file by absolute path: workers run elsewhere."""
+    training = dataclasses.replace(config.training, threads=config.search.cpus_per_trial)
+    task = config.task
+    if isinstance(task, CharacterLMConfig) and Path(task.corpus).is_file():
+        task = dataclasses.replace(task, corpus=str(Path(task.corpus).absolute()))
+    return dataclasses.replace(config, training=training, task=task)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def define(config: SearchConfig, task: Task) -> dict[str, Any]:
+    """What makes a study's trials comparable: space, experiment, data and direction."""
+    experiment = flatten({name: getattr(config, name) for name in ("model", "task", "training")})
+    return {
+        "space": space_to_plain(config.space),
+        "experiment": {k: v for k, v in experiment.items() if k not in _NOT_DEFINING},
+        "data_checksum": task.checksum,
+        "mode": task.mode,
+    }
+
+
+def _study_name(config: SearchConfig, task: Task, storage: RDBStorage) -> str:
+    existing = study_names(storage)
+    suffix = "" if config.preset == "full" else f"-{config.preset}"
+    name = config.study or f"{task_slug(task, config.task.name)}-{config.model.name}{suffix}"
+    if config.resume == "yes" and name not in existing:
+        known = ", ".join(existing) or "none"
+        raise StudyError(
+            f"resume=yes, but there is no study {name!r}{nearest(name, existing)} "
+            f"Studies in {output_folder(config.output_dir)}: {known}. Give the options that it "
+            "was started with, or study=..."
+        )
+    if config.resume == "no" and name in existing:
+        if config.study_exists == "error":
+            raise StudyError(f"study {name!r} exists and study_exists=error")
+        if config.study_exists == "new":
+            number = 2
+            while f"{name}-{number}" in existing:
+                number += 1
+            return f"{name}-{number}"
+    return name
+
+
+def _set_target(study: Study, config: SearchConfig) -> str:
+    """Decides how many trials the study is to have, and says so."""
+    asked = config.search.num_trials
+    ended = len(study.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    before = study.target
+    if before == 0:
+        study.target = asked
+        return f"Study {study.name}: {asked} trials."
+    if ended < before and config.resume == "yes":
+        study.target = max(before, asked)
+        return f"Study {study.name} goes on: {ended} of {study.target} trials have ended."
+    study.target = before + asked
+    return (
+        f"Study {study.name} exists with {ended} ended trials of {before}: "
+        f"extended by {asked} to {study.target}."
+    )
+
+
+def _concurrent(config: SearchConfig, cpus: int) -> int:
+    per_trial = config.search.cpus_per_trial
+    if cpus < per_trial:
+        raise ConfigError(f"search.cpus_per_trial is {per_trial}, but there are {cpus} CPUs")
+    fitting = cpus // per_trial
+    return min(fitting, config.search.max_concurrent or fitting)
+
+
+def conduct(
+    config: SearchConfig, study: Study, task: Task, client: Any, experiment_id: str
+) -> str:
+    """Runs a study's open trials, then registers the best and sums up.
+
+    Args:
+        config: The search.
+        study: Locked by this process, its target set.
+        task: The task, loaded.
+        client: MLflow's.
+        experiment_id: MLflow's.
+    """
+    output_dir = output_folder(config.output_dir)
+    base = ExperimentConfig(model=config.model, task=config.task, training=config.training)
+    folder = output_dir / "studies" / study.name
+    workplace = Workplace(dataclasses.asdict(base), str(folder), config.data_dir)
+    tracker = Tracker(
+        client,
+        experiment_id,
+        study.name,
+        task,
+        {**common_tags(task, config.task.name), "rum.command": config.command},
+        flatten(
+            {"search": config.search, "sampler": config.sampler, "scheduler": config.scheduler}
+        ),
+    )
+    status = INTERRUPTED
+    try:
+        conductor = Conductor(study, base, task, _rungs(config, study.mode), tracker, workplace)
+        if conductor.num_open:
+            with _ray(config) as cpus:
+                _fit(config, conductor, workplace, folder, _concurrent(config, cpus))
+        conductor.interrupt()
+        status = INTERRUPTED if conductor.num_open else FINISHED
+        best = conductor.best
+        if best is not None:
+            tracker.flush()
+            checkpoint = CheckpointStore(workplace.trial_folder(best.number)).best()
+            if checkpoint is not None:
+                run_id = tracker.run_id(best.number)
+                registered = register(client, run_id, checkpoint, task, config.task.name)
+                _say(f"Model {registered.message}")
+    finally:
+        tracker.close(status)
+    parts = [best_trials(study, task), *failures(study), "", _next_commands(config, study, task)]
+    summary = "\n".join(parts)
+    if conductor.num_open:
+        raise InterruptedSearchError(
+            f"interrupted with {conductor.num_open} trials open\n\n{summary}"
+        )
+    return summary
+
+
+def _rungs(config: SearchConfig, mode: str) -> Rungs:
+    scheduler = config.scheduler
+    rungs = []
+    if scheduler.name == "asha":
+        rungs = milestones(
+            scheduler.grace_epochs, scheduler.reduction_factor, config.training.max_epochs
+        )
+    return Rungs(rungs, scheduler.reduction_factor, mode)
+
+
+@contextmanager
+def _ray(config: SearchConfig) -> Iterator[int]:
+    """Connects to the cluster of RAY_ADDRESS, else starts Ray here; gives the number of CPUs."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's own files are not used: no loggers, rare snapshots, and no change of folder.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # ProgressCallback shows how it stands
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = os.environ.get("RAY_ADDRESS")
+    own_folder = None
+    if ray.is_initialized():
+        _say("Ray: the running instance of this process")
+    elif address:
+        _say(f"Ray: the cluster at {address}")
+        ray.init(address=address, **options)
+    else:
+        _say("Ray: local, on this machine (RAY_ADDRESS is not set)")
+        own_folder = tempfile.mkdtemp(prefix="rum-ray-")  # short: sockets lie in it
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=200 * 2**20,
+            _temp_dir=own_folder,
+            **options,
+        )
+    try:
+        yield int(ray.cluster_resources().get("CPU", 0))
+    finally:
+        if own_folder or address:
+            ray.shutdown()
+        if own_folder:
+            shutil.rmtree(own_folder, ignore_errors=True)
+
+
+def _fit(
+    config: SearchConfig,
+    conductor: Conductor,
+    workplace: Workplace,
+    folder: Path,
+    concurrent: int,
+) -> None:
+    gpus = config.search.gpus_per_trial
+    if config.training.device.startswith("cuda") and gpus == 0:
+        gpus = 1.0
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, workplace=workplace),
+        {"CPU": config.search.cpus_per_trial, "GPU": gpus},
+    )
+    scratch = folder / "ray"  # nothing in it is read again
+    shutil.rmtree(scratch, ignore_errors=True)
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=ConductedSearcher(conductor),
+            scheduler=ConductedScheduler(conductor),
+            num_samples=conductor.num_open,
+            max_concurrent_trials=concurrent,
+            reuse_actors=True,
+            # Ray would put the parameters into these names.
+            trial_name_creator=lambda trial: f"trial_{trial.config['number']:04d}",
+            trial_dirname_creator=lambda trial: f"trial_{trial.config['number']:04d}",
+        ),
+        run_config=tune.RunConfig(
+            name="run",
+            storage_path=str(scratch),
+            failure_config=tune.FailureConfig(max_failures=config.search.max_failures),
+            callbacks=[ProgressCallback(conductor)],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _next_commands(config: SearchConfig, study: Study, task: Task) -> str:
+    output_dir = output_folder(config.output_dir)
+    uri = tracking_uri(config.tracking, output_dir)
+    where = "" if config.output_dir == "outputs" else f" output_dir={config.output_dir}"
+    again = config.command if "resume=" in config.command else f"{config.command} resume=yes"
+    more = 2 * config.training.max_epochs
+    lines = ["Next:"]
+    if uri.startswith("sqlite:"):
+        lines.append(f"  look at the runs     mlflow ui --backend-store-uri {uri}")
+    else:
+        lines.append("  look at the runs     in the MLflow server of MLFLOW_TRACKING_URI")
+    lines += [
+        f"  go on, or extend     {again}",
+        "  continue the best    python pipelines/resume.py "
+        f"study={study.name} top=1 training.max_epochs={more}{where}",
+        "  evaluate the best    python pipelines/evaluate.py "
+        f"checkpoint=models:/{model_name(task, config.task.name)}@best{where}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,170 @@
+"""Search spaces: checked against the typed configuration before anything starts, then sampled."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from rum.errors import ConfigError
+from rum.experiment import ExperimentConfig
+from rum.parameters import flatten, nearest, replace
+from rum.tune.config import Domain
+
+Space = Mapping[str, Domain]
+
+_Config = TypeVar("_Config", bound=ExperimentConfig)
+
+NOT_SEARCHABLE = {
+    "model.name": "it decides which options there are",
+    "task.name": "trials of different tasks do not compare",
+    "task.corpus": "trials on different data do not compare",
+    "training.max_epochs": "it is the budget that the scheduler hands out",
+    "training.device": "it does not change what is computed",
+    "training.threads": "it follows from search.cpus_per_trial",
+    "training.checkpoint_seconds": "it does not change what is computed",
+}
+
+
+def check_space(base: ExperimentConfig, space: Space) -> None:
+    """Checks that every value of every domain fits the configuration it will be put into.
+
+    Raises:
+        ConfigError: Naming the option and the value; an unknown option with the nearest known.
+    """
+    if not space:
+        raise ConfigError("space must name at least one option to search, got none")
+    known = flatten(ExperimentConfig(model=base.model, task=base.task, training=base.training))
+    seen: dict[str, Domain] = {}
+    for name, domain in space.items():
+        where = f"space: {name}"
+        if name not in known:
+            raise ConfigError(f"space: unknown option {name!r}{nearest(name, known)}")
+        if name in NOT_SEARCHABLE:
+            raise ConfigError(f"{where} cannot be searched: {NOT_SEARCHABLE[name]}")
+        _check_domain(where, domain)
+        conditions = _conditions(where, domain, seen)
+        for value in _extremes(domain):
+            try:
+                replace(base, {**conditions, name: value})
+            except ConfigError as error:
+                raise ConfigError(f"{where} = {value!r} is not valid: {error}") from error
+        seen[name] = domain
+
+
+def _check_domain(where: str, domain: Domain) -> None:
+    if domain.type == "categorical":
+        if not domain.choices:
+            raise ConfigError(f"{where}: a categorical domain must have choices, got none")
+        if any(x is not None for x in (domain.low, domain.high, domain.step)) or domain.log:
+            raise ConfigError(f"{where}: a categorical domain takes choices only")
+        return
+    if domain.type not in ("int", "float"):
+        raise ConfigError(
+            f"{where}: type must be 'int', 'float' or 'categorical', got {domain.type!r}"
+        )
+    if domain.choices is not None:
+        raise ConfigError(
+            f"{where}: choices belong to a categorical domain, type is {domain.type}"
+        )
+    if domain.low is None or domain.high is None:
+        raise ConfigError(f"{where}: low and high must be given, got {domain.low}, {domain.high}")
+    if not domain.low <= domain.high:
+        raise ConfigError(f"{where}: low must be <= high, got {domain.low} > {domain.high}")
+    if domain.log and domain.low <= 0:
+        raise ConfigError(f"{where}: log needs low > 0, got {domain.low}")
+    if domain.step is not None and (domain.step <= 0 or domain.log):
+        raise ConfigError(f"{where}: step must be > 0 and not with log, got {domain.step}")
+    if domain.type == "int":
+        for bound in (domain.low, domain.high, domain.step or 1.0):
+            if not float(bound).is_integer():
+                raise ConfigError(f"{where}: an int domain has whole bounds and step, got {bound}")
+
+
+def _extremes(domain: Domain) -> list[Any]:
+    if domain.choices is not None:
+        return list(domain.choices)
+    assert domain.low is not None
+    assert domain.high is not None
+    bounds = [domain.low, domain.high]
+    return [int(x) for x in bounds] if domain.type == "int" else bounds
+
+
+def _conditions(where: str, domain: Domain, seen: Space) -> dict[str, Any]:
+    for name, value in (domain.when or {}).items():
+        if name not in seen:
+            raise ConfigError(
+                f"{where}: when must name options that stand above it in the space, "
+                f"got {name!r}{nearest(name, seen)}"
+            )
+        choices = seen[name].choices
+        if choices is None or value not in choices:
+            raise ConfigError(f"{where}: when {name} = {value!r}, which is none of {choices}")
+    return dict(domain.when or {})
+
+
+def distribution(domain: Domain) -> BaseDistribution:
+    """A checked domain as Optuna's distribution."""
+    if domain.choices is not None:
+        return CategoricalDistribution(domain.choices)
+    low, high = _extremes(domain)
+    if domain.type == "int":
+        return IntDistribution(low, high, log=domain.log, step=int(domain.step or 1))
+    return FloatDistribution(low, high, log=domain.log, step=domain.step)
+
+
+def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
+    """Samples all options whose condition holds; for a trial that has some already, the rest."""
+    values: dict[str, Any] = {}
+    for name, domain in space.items():
+        if any(values.get(key) != value for key, value in (domain.when or {}).items()):
+            continue
+        if domain.choices is not None:
+            values[name] = trial.suggest_categorical(name, domain.choices)
+        elif domain.type == "int":
+            low, high = _extremes(domain)
+            values[name] = trial.suggest_int(
+                name, low, high, step=int(domain.step or 1), log=domain.log
+            )
+        else:
+            low, high = _extremes(domain)
+            values[name] = trial.suggest_float(name, low, high, step=domain.step, log=domain.log)
+    return values
+
+
+def apply(base: _Config, parameters: Mapping[str, Any]) -> _Config:
+    """The experiment of a trial."""
+    return replace(base, parameters)
+
+
+def space_to_plain(space: Space) -> dict[str, Any]:
+    """A space as plain values without what is unset, in its own order."""
+    return {
+        name: {
+            key: value
+            for key, value in vars(domain).items()
+            if value is not None and value is not False
+        }
+        for name, domain in space.items()
+    }
+
+
+def differences(ours: Any, theirs: Any) -> list[str]:
+    """One line for each leaf that differs between two nested plain values."""
+    a, b = flatten(ours), flatten(theirs)
+    absent = "(absent)"
+    return [
+        f"{name}: {_shown(b.get(name, absent))} in the study, {_shown(a.get(name, absent))} now"
+        for name in sorted(set(a) | set(b))
+        if a.get(name, absent) != b.get(name, absent)
+    ]
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value) if not isinstance(value, str) else value

@@ -1,0 +1,221 @@
+"""A study: Optuna's record of trials, its folder, and the lock that keeps it to one driver."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from rum.errors import StudyError
+from rum.seeding import derive_seed
+from rum.tune.config import SamplerConfig
+from rum.tune.space import Space, differences, suggest
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+DEFINITION = "rum.definition"
+TARGET = "rum.target"
+REASON = "rum.reason"
+RUNG = "rum.rung"
+ORIGIN = "rum.origin"
+
+
+def open_storage(output_dir: Path) -> optuna.storages.RDBStorage:
+    """Opens (or makes) the SQLite file that holds all studies below `output_dir`.
+
+    Raises:
+        StudyError: If it cannot be opened.
+    """
+    url = f"sqlite:///{output_dir / 'optuna.db'}"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 30}})
+        # Write-ahead log: a commit survives the death of any process without waiting for the disk.
+        sqlalchemy.event.listen(storage.engine, "connect", _use_write_ahead_log)
+        storage.engine.dispose()  # connections from before the listener
+    except (OSError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        raise StudyError(f"cannot open the studies in {output_dir}: {error}") from error
+    return storage
+
+
+def _use_write_ahead_log(connection: Any, _: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.close()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a study's lock; the system lets it go when its owner dies, however it dies.
+
+    Raises:
+        StudyError: If another driver holds it, naming that driver.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock.json").open("a+")
+    except OSError as error:
+        raise StudyError(f"cannot write to {folder}: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip() or "an unknown process"
+            raise StudyError(
+                f"study {folder.name} is run by another driver: {owner}. Wait for it, or stop it "
+                "and go on with resume=yes"
+            ) from error
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        file.flush()
+        yield
+
+
+def build_sampler(config: SamplerConfig, number: int) -> BaseSampler:
+    """The sampler for trial `number`: its randomness comes from the seed and that number alone."""
+    seed = derive_seed(config.seed, "sampler", number) % 2**32
+    if config.name == "random":
+        return RandomSampler(seed=seed)
+    return TPESampler(seed=seed, n_startup_trials=config.startup_trials)
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """A trial to run."""
+
+    number: int
+    parameters: dict[str, Any]
+    origin: dict[str, Any] | None
+    """Where its first checkpoint comes from, if it continues another study's trial."""
+
+
+class Study:
+    """One Optuna study with the operations that a search needs."""
+
+    def __init__(
+        self, storage: optuna.storages.RDBStorage, name: str, space: Space, sampler: SamplerConfig
+    ) -> None:
+        """Opens the study, which must exist."""
+        self.name = name
+        self._space = space
+        self._sampler = sampler
+        self._study = optuna.load_study(study_name=name, storage=storage)
+        self._open: dict[int, optuna.Trial] = {}
+
+    @property
+    def mode(self) -> str:
+        """Whether lower ("min") or higher ("max") is better."""
+        return "min" if self._study.direction == optuna.study.StudyDirection.MINIMIZE else "max"
+
+    @property
+    def target(self) -> int:
+        """Trials asked for so far, in all."""
+        return int(self._study.user_attrs[TARGET])
+
+    @target.setter
+    def target(self, value: int) -> None:
+        self._study.set_user_attr(TARGET, value)
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """What the study was made with: `space`, `experiment`, `mode`."""
+        definition: dict[str, Any] = self._study.user_attrs[DEFINITION]
+        return definition
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """All trials, or those in some states."""
+        return self._study.get_trials(deepcopy=False, states=states or None)
+
+    def enqueue(self, parameters: dict[str, Any], origin: dict[str, Any]) -> None:
+        """Queues a trial that continues another."""
+        self._study.enqueue_trial(parameters, user_attrs={ORIGIN: origin})
+
+    def ask(self) -> TrialSpec:
+        """Opens the next trial: an enqueued one, else a new sample."""
+        waiting = self.trials(TrialState.WAITING)
+        number = waiting[0].number if waiting else len(self.trials())
+        self._study.sampler = build_sampler(self._sampler, number)
+        return self._suggest(self._study.ask())
+
+    def adopt(self, frozen: FrozenTrial) -> TrialSpec:
+        """Opens a trial that was running when its driver died."""
+        self._study.sampler = build_sampler(self._sampler, frozen.number)
+        return self._suggest(optuna.Trial(self._study, frozen._trial_id))
+
+    def _suggest(self, trial: optuna.Trial) -> TrialSpec:
+        self._open[trial.number] = trial
+        parameters = suggest(trial, self._space)
+        return TrialSpec(trial.number, parameters, trial.user_attrs.get(ORIGIN))
+
+    def report(self, number: int, epoch: int, value: float) -> None:
+        """Records the running best of a trial after an epoch."""
+        self._open[number].report(value, epoch)
+
+    def finish(
+        self,
+        number: int,
+        state: TrialState,
+        *,
+        value: float | None = None,
+        reason: str | None = None,
+        rung: int | None = None,
+    ) -> None:
+        """Ends a trial; `value` only with COMPLETE (a pruned trial's is its last report)."""
+        trial = self._open.pop(number)
+        if reason is not None:
+            trial.set_user_attr(REASON, reason)
+        if rung is not None:
+            trial.set_user_attr(RUNG, rung)
+        self._study.tell(trial, value, state=state)
+
+    def ranked(self) -> list[FrozenTrial]:
+        """Trials with a value, finished or stopped early, best first."""
+        trials = [
+            trial
+            for trial in self.trials(TrialState.COMPLETE, TrialState.PRUNED)
+            if trial.value is not None and is_sound(trial)
+        ]
+        return sorted(trials, key=lambda t: t.value or 0.0, reverse=self.mode == "max")
+
+
+def is_sound(trial: FrozenTrial) -> bool:
+    """Whether a trial ended by itself or by the scheduler (not by diverging)."""
+    return not str(trial.user_attrs.get(REASON, "")).startswith("diverged")
+
+
+def study_names(storage: optuna.storages.RDBStorage) -> list[str]:
+    """All studies in a storage."""
+    return sorted(optuna.get_all_study_names(storage))
+
+
+def create_study(
+    storage: optuna.storages.RDBStorage, name: str, definition: dict[str, Any]
+) -> None:
+    """Makes an empty study."""
+    directions = optuna.study.StudyDirection
+    direction = directions.MINIMIZE if definition["mode"] == "min" else directions.MAXIMIZE
+    study = optuna.create_study(study_name=name, storage=storage, direction=direction)
+    study.set_user_attr(TARGET, 0)
+    study.set_user_attr(DEFINITION, definition)
+
+
+def check_definition(study: Study, definition: dict[str, Any]) -> None:
+    """Raises StudyError if the study was made with another space, experiment or direction."""
+    different = differences(definition, study.definition)
+    if different:
+        lines = "\n  ".join(different)
+        raise StudyError(
+            f"study {study.name} exists with other settings:\n  {lines}\n"
+            "Use the same settings, study_exists=new, or study=<another name>"
+        )

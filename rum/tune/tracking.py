@@ -1,0 +1,315 @@
+"""MLflow as the record of a search: the driver alone writes, off its own loop, each thing once.
+
+MLflow shows what Optuna's study and the trials' checkpoints hold. Everything here can be done
+again without harm: runs are found by tag before they are made, points are written only where
+they are missing. A driver that died is caught up with by `Tracker.catch_up`.
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+
+from rum.errors import TrackingError
+from rum.tasks import Task
+from rum.train import TrackingConfig
+from rum.training.loop import Report
+
+CONNECT_SECONDS = 10.0
+
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # says how it makes tables
+
+STUDY_TAG = "rum.study"
+TRIAL_TAG = "rum.trial"
+PARENT_TAG = "mlflow.parentRunId"
+
+# Status of a run: MLflow's own words.
+RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
+INTERRUPTED = "SCHEDULED"  # no process has it now; resume=yes goes on
+
+
+def tracking_uri(config: TrackingConfig, output_dir: Path) -> str:
+    """The tracking URI in force: configured, else MLFLOW_TRACKING_URI, else SQLite."""
+    default = f"sqlite:///{output_dir.absolute() / 'mlflow.db'}"
+    return config.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+def connect(config: TrackingConfig, output_dir: Path) -> tuple[MlflowClient, str]:
+    """Opens the tracking store and finds or makes the experiment.
+
+    Returns:
+        The client and the experiment's id.
+
+    Raises:
+        TrackingError: If the store does not answer within ten seconds.
+    """
+    uri = tracking_uri(config, output_dir)
+    answer: queue.SimpleQueue[tuple[MlflowClient, str] | Exception] = queue.SimpleQueue()
+
+    def open_store() -> None:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            client = MlflowClient(tracking_uri=uri)
+            answer.put((client, _experiment_id(client, config.experiment, uri, output_dir)))
+        except Exception as error:  # noqa: BLE001  # raised again below, in the caller's thread
+            answer.put(error)
+
+    threading.Thread(target=open_store, daemon=True).start()
+    shown = uri.split("@")[-1]  # without user and password
+    try:
+        result = answer.get(timeout=CONNECT_SECONDS)
+    except queue.Empty:
+        raise TrackingError(
+            f"MLflow at {shown} did not answer within {CONNECT_SECONDS:.0f} s. Is the server up, "
+            "and MLFLOW_TRACKING_URI (or tracking.uri) right?"
+        ) from None
+    if isinstance(result, Exception):
+        raise TrackingError(f"MLflow at {shown} cannot be used: {result}") from result
+    return result
+
+
+def _experiment_id(client: MlflowClient, name: str, uri: str, output_dir: Path) -> str:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    # With a local database MLflow would put artifacts into ./mlruns, wherever that is.
+    local = uri.startswith(("sqlite:", "file:"))
+    location = (output_dir.absolute() / "mlartifacts").as_uri() if local else None
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+class Tracker:
+    """Writes one study's runs: a parent, and a child for each trial.
+
+    Calls return at once; a thread writes in order. An error in it is raised by the next call of
+    `flush`.
+    """
+
+    def __init__(
+        self,
+        client: MlflowClient,
+        experiment_id: str,
+        study: str,
+        task: Task,
+        tags: Mapping[str, str],
+        parameters: Mapping[str, Any],
+    ) -> None:
+        """Finds or makes the parent run.
+
+        Args:
+            client: From `connect`, as `experiment_id`.
+            experiment_id: Where the runs are.
+            study: Name of the study.
+            task: Its data set goes into every run.
+            tags: Of every run.
+            parameters: Of the parent run.
+        """
+        self.client = client
+        self._experiment_id = experiment_id
+        self._study = study
+        self._task = task
+        self._tags = dict(tags)
+        self._run_ids: dict[int | None, str] = {}
+        self._logged: dict[str, set[int]] = {}
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._existing = self._find_runs()
+        if None in self._existing:
+            self.parent_id = self._known_run_id(None) or ""
+            client.update_run(self.parent_id, status=RUNNING)
+        else:
+            self.parent_id = self._create_run(None, study, {}, parameters)
+        self._thread = threading.Thread(target=self._write, name="mlflow-writer", daemon=True)
+        self._thread.start()
+
+    def _find_runs(self) -> dict[int | None, Run]:
+        """This study's runs by trial number; the parent's is None."""
+        runs: dict[int | None, Run] = {}
+        token = None
+        while True:
+            page = self.client.search_runs(
+                [self._experiment_id],
+                f"tags.`{STUDY_TAG}` = '{self._study}'",
+                max_results=1000,
+                page_token=token,
+            )
+            for run in page:
+                number = run.data.tags.get(TRIAL_TAG)
+                runs[None if number is None else int(number)] = run
+            token = page.token
+            if not token:
+                return runs
+
+    def _create_run(
+        self,
+        number: int | None,
+        name: str,
+        tags: Mapping[str, str],
+        parameters: Mapping[str, Any],
+    ) -> str:
+        run = self.client.create_run(
+            self._experiment_id,
+            run_name=name,
+            tags={**self._tags, STUDY_TAG: self._study, **tags},
+        )
+        run_id = str(run.info.run_id)
+        params = [Param(key, str(value)) for key, value in parameters.items()]
+        self.client.log_batch(run_id, params=params)
+        dataset = Dataset(
+            name=self._task.corpus,
+            digest=self._task.checksum[:16],
+            source_type="local",
+            source=self._task.source,
+        )
+        context = [InputTag("mlflow.data.context", "training")]
+        self.client.log_inputs(run_id, [DatasetInput(dataset, context)])
+        self._run_ids[number] = run_id
+        self._logged[run_id] = set()
+        return run_id
+
+    def _write(self) -> None:
+        while (job := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    job()
+                except Exception as error:  # noqa: BLE001  # raised by flush, in the driver
+                    self._error = error
+
+    def _enqueue(self, job: Callable[[], None]) -> None:
+        self._queue.put(job)
+
+    def flush(self) -> None:
+        """Waits until all is written.
+
+        Raises:
+            TrackingError: If something could not be; resume=yes writes it again.
+        """
+        done = threading.Event()
+        self._queue.put(done.set)
+        while not done.wait(0.1):
+            if self._error is not None:
+                break
+        if self._error is not None:
+            raise TrackingError(
+                f"MLflow stopped taking records: {self._error}. Nothing is lost: the study and "
+                "the checkpoints have them, and resume=yes writes what is missing"
+            ) from self._error
+
+    def close(self, status: str) -> None:
+        """Ends the parent run, waits for all records, and stops the thread."""
+        self._enqueue(lambda: self._set_status(self.parent_id, status))
+        try:
+            self.flush()
+        finally:
+            self._queue.put(None)
+
+    def _set_status(self, run_id: str, status: str) -> None:
+        if status in (RUNNING, INTERRUPTED):
+            self.client.update_run(run_id, status=status)
+        else:
+            self.client.set_terminated(run_id, status)
+
+    def start_trial(
+        self,
+        number: int,
+        name: str,
+        parameters: Mapping[str, Any],
+        tags: Mapping[str, str],
+        parent_id: str | None = None,
+    ) -> None:
+        """Finds or makes the run of a trial and marks it as running."""
+
+        def job() -> None:
+            run_id = self._known_run_id(number)
+            if run_id is None:
+                own = {TRIAL_TAG: str(number), PARENT_TAG: parent_id or self.parent_id, **tags}
+                self._create_run(number, name, own, parameters)
+            else:
+                self.client.update_run(run_id, status=RUNNING)
+
+        self._enqueue(job)
+
+    def _known_run_id(self, number: int | None) -> str | None:
+        """The run of a trial (None: the parent), known or found; also reads its epochs."""
+        if number not in self._run_ids and number in self._existing:
+            run_id = str(self._existing[number].info.run_id)
+            self._run_ids[number] = run_id
+            history = self.client.get_metric_history(run_id, "step")
+            self._logged[run_id] = {point.step for point in history}
+        return self._run_ids.get(number)
+
+    def log_report(self, number: int | None, report: Report) -> None:
+        """Writes an epoch's metrics of a trial (None: of the parent), once."""
+        values = dict(report)
+        epoch = int(values.pop("epoch"))
+        now = int(time.time() * 1000)
+
+        def job() -> None:
+            run_id = self.run_id(number)
+            if epoch in self._logged[run_id]:
+                return
+            metrics = [Metric(key, value, now, epoch) for key, value in values.items()]
+            self.client.log_batch(run_id, metrics=metrics)
+            self._logged[run_id].add(epoch)
+
+        self._enqueue(job)
+
+    def end_trial(self, number: int, status: str, tags: Mapping[str, str]) -> None:
+        """Sets the final status of a trial's run."""
+
+        def job() -> None:
+            run_id = self.run_id(number)
+            self.client.log_batch(run_id, tags=[RunTag(k, v[:5000]) for k, v in tags.items()])
+            self._set_status(run_id, status)
+
+        self._enqueue(job)
+
+    def log_best(self, metric: str, value: float, trials: int) -> None:
+        """Writes the study's best value so far to the parent run, by number of trials ended."""
+        now = int(time.time() * 1000)
+        point = Metric(f"best/{metric}", value, now, trials)
+        self._enqueue(lambda: self.client.log_batch(self.parent_id, metrics=[point]))
+
+    def log_text(self, text: str, file: str) -> None:
+        """Writes an artifact of the parent run."""
+        self._enqueue(lambda: self.client.log_text(self.parent_id, text, file))
+
+    def known_status(self, number: int) -> str | None:
+        """Status of a trial's run when this tracker began; None if there was none."""
+        run = self._existing.get(number)
+        return None if run is None else str(run.info.status)
+
+    def run_id(self, number: int | None) -> str:
+        """Id of a trial's run, which must have been started; from outside only after `flush`."""
+        run_id = self._known_run_id(number)
+        assert run_id is not None, f"trial {number} has no run"
+        return run_id
+
+
+def ended(status: str | None) -> bool:
+    """Whether a run's status is final."""
+    return status in (FINISHED, FAILED, KILLED)
+
+
+def trial_run(client: MlflowClient, experiment_id: str, study: str, number: int) -> Run:
+    """The run of a study's trial.
+
+    Raises:
+        TrackingError: If there is none.
+    """
+    where = f"tags.`{STUDY_TAG}` = '{study}' and tags.`{TRIAL_TAG}` = '{number}'"
+    try:
+        runs = client.search_runs([experiment_id], where, max_results=1)
+    except MlflowException as error:
+        raise TrackingError(f"cannot look for trial {number} of {study}: {error}") from error
+    if not runs:
+        raise TrackingError(f"MLflow has no run of trial {number} of study {study}")
+    return runs[0]
