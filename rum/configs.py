@@ -10,6 +10,7 @@ from typing import Any
 from hydra import compose
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -48,6 +49,13 @@ def to_config(cfg: DictConfig) -> Any:
     """
     if "command" in cfg:
         cfg.command = shlex.join(["python", *sys.argv])
+    for override in HydraConfig.get().overrides.task:
+        name = override.split("=")[0]
+        if name in cfg.get("space", {}):
+            raise ConfigError(
+                f"{name} is searched, so {override} would have no effect. Fix it in the space: "
+                f"'space={{{name}: {{type: categorical, choices: [...]}}}}'"
+            )
     try:
         return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:

@@ -109,6 +109,7 @@ def _search_config(config: ResumeConfig, storage: Any) -> SearchConfig:
         tracking=config.tracking,
         data_dir=config.data_dir,
         output_dir=config.output_dir,
+        resume="yes",
         command=config.command,
     )
 

@@ -312,7 +312,7 @@ def _next_commands(config: SearchConfig, study: Study, task: Task) -> str:
     output_dir = output_folder(config.output_dir)
     uri = tracking_uri(config.tracking, output_dir)
     where = "" if config.output_dir == "outputs" else f" output_dir={config.output_dir}"
-    again = config.command if "resume=" in config.command else f"{config.command} resume=yes"
+    again = config.command if config.resume == "yes" else f"{config.command} resume=yes"
     more = 2 * config.training.max_epochs
     lines = ["Next:"]
     if uri.startswith("sqlite:"):
