@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
@@ -251,7 +252,7 @@ def _ray(config: SearchConfig) -> Iterator[int]:
         ray.init(address=address, **options)
     else:
         _say("Ray: local, on this machine (RAY_ADDRESS is not set)")
-        own_folder = tempfile.mkdtemp(prefix="rum-ray-")  # short: sockets lie in it
+        own_folder = _own_ray_folder()
         ray.init(
             address="local",
             include_dashboard=False,
@@ -266,6 +267,16 @@ def _ray(config: SearchConfig) -> Iterator[int]:
             ray.shutdown()
         if own_folder:
             shutil.rmtree(own_folder, ignore_errors=True)
+
+
+def _own_ray_folder() -> str:
+    """A new temporary folder for Ray; removes those of drivers that were killed."""
+    prefix = "rum-ray-"  # short: sockets lie in it, and their paths are limited
+    for leftover in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+        pid = leftover.name.removeprefix(prefix).split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-")
 
 
 def _fit(
