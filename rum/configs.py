@@ -94,8 +94,12 @@ def _hints(config_name: str) -> list[str]:
     overrides = OverridesParser.create().parse_overrides(
         [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     )
-    groups = [o for o in overrides if (root / o.key_or_group).is_dir()]
-    groups += [o for o in overrides if o.key_or_group in ("model", "task") and o not in groups]
+    groups = [
+        o
+        for o in overrides
+        if not isinstance(o.value(), dict)
+        and (o.key_or_group in ("model", "task") or (root / o.key_or_group).is_dir())
+    ]
     hints = []
     GlobalHydra.instance().clear()
     from hydra import initialize_config_dir
@@ -111,4 +115,13 @@ def _hints(config_name: str) -> list[str]:
         key = override.key_or_group
         if key not in known and key not in sections and override not in groups:
             hints.append(f"unknown option {key!r}{nearest(key, [*known, *sections])}")
+        value = override.value()
+        if key == "space" and isinstance(value, dict):
+            searched = [str(name) for name in known_config.get("space", {})]
+            hints += [
+                f"the space has no option {name!r}{nearest(str(name), searched)} "
+                f"It has: {', '.join(searched)}. A new one goes into a file of search_spaces/space"
+                for name in value
+                if name not in searched
+            ]
     return hints

@@ -20,6 +20,31 @@ def _unit(vector: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return vector * torch.rsqrt(squared_norm.masked_fill(is_zero, 1.0)), is_zero
 
 
+def _reflections(
+    source: Tensor, target: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The two reflections v -> v - scale (d . v) d that make up a rotation: H_r H_w.
+
+    Returns:
+        Direction r and scale of the second, then direction w and scale of the first; a scale is 0
+        where that reflection is left out.
+    """
+    e, source_is_zero = _unit(_full_precision(source), eps)
+    r, target_is_zero = _unit(_full_precision(target), eps)
+    w = e + r
+    squared_norm = (w * w).sum(-1, keepdim=True)
+    is_opposite = squared_norm < eps
+    is_identity = source_is_zero | target_is_zero
+    scale_w = 2 / squared_norm.masked_fill(is_opposite, 1.0)
+    scale_r = torch.full_like(scale_w, 2.0)
+    return (
+        r,
+        scale_r.masked_fill(is_identity, 0.0),
+        w,
+        scale_w.masked_fill(is_opposite | is_identity, 0.0),
+    )
+
+
 def rotate(
     source: Tensor, target: Tensor, vector: Tensor, *, eps: float = SQUARED_NORM_FLOOR
 ) -> Tensor:
@@ -50,16 +75,40 @@ def rotate(
     Source: Dangovski et al., section 3.1 (Rotation); there as I - uu' - vv' + [u v] R(angle)
     [u v]', which equals this form but gives NaN where the two directions are nearly parallel.
     """
-    e, source_is_zero = _unit(_full_precision(source), eps)
-    r, target_is_zero = _unit(_full_precision(target), eps)
+    r, scale_r, w, scale_w = _reflections(source, target, eps)
     h = _full_precision(vector)
-    w = e + r
-    squared_norm = (w * w).sum(-1, keepdim=True)
-    is_opposite = squared_norm < eps
-    k = 2 * (w * h).sum(-1, keepdim=True) / squared_norm.masked_fill(is_opposite, 1.0)
-    reflected = h - k.masked_fill(is_opposite, 0.0) * w
-    turned = reflected - 2 * (r * reflected).sum(-1, keepdim=True) * r
-    return torch.where(source_is_zero | target_is_zero, h, turned).to(vector.dtype)
+    reflected = h - scale_w * (w * h).sum(-1, keepdim=True) * w
+    turned = reflected - scale_r * (r * reflected).sum(-1, keepdim=True) * r
+    return turned.to(vector.dtype)
+
+
+def accumulate_rotation(
+    memory: Tensor, source: Tensor, target: Tensor, *, eps: float = SQUARED_NORM_FLOOR
+) -> Tensor:
+    """Multiplies `memory` by a rotation from the right: `memory @ rotation_matrix(...)`.
+
+    The rotation acts first on a vector that the product is applied to. It is a rank-2 change of
+    `memory`, O(N^2) instead of the O(N^3) of a matrix product.
+
+    Args:
+        memory: `(B, N, N)`.
+        source: `(B, N)`.
+        target: `(B, N)`.
+        eps: As in `rotate`.
+
+    Returns:
+        `(B, N, N)`, in the dtype of `memory`.
+
+    Source: paper section 3.2, R_t = R_{t-1} Rotation(eps, tau); the order is the released code's.
+    """
+    r, scale_r, w, scale_w = _reflections(source, target, eps)
+    full = _full_precision(memory)
+    directions = torch.stack((r, w), -1)
+    onto_r, onto_w = (full @ directions).unbind(-1)  # memory r and memory w, (B, N)
+    first = scale_r * onto_r
+    second = scale_w * (onto_w - (r * w).sum(-1, keepdim=True) * first)
+    change = torch.stack((first, second), -1)
+    return torch.baddbmm(full, change, directions.mT, alpha=-1).to(memory.dtype)
 
 
 def rotation_matrix(source: Tensor, target: Tensor, *, eps: float = SQUARED_NORM_FLOOR) -> Tensor:

@@ -21,7 +21,7 @@ from rum.cells.base import (
 from rum.cells.layer_norm import LayerNorm
 from rum.checks import check_at_least, check_choice, check_positive, check_probability
 from rum.errors import ConfigError
-from rum.functional import rotate, time_normalize, zoneout
+from rum.functional import accumulate_rotation, rotate, time_normalize, zoneout
 from rum.kernels.fused import ACTIVATIONS, RecurrenceOptions, rum_recurrence
 
 logger = logging.getLogger(__name__)
@@ -176,10 +176,9 @@ class RUMCell(Cell):
         if self.lambda_ == 0:
             turned = rotate(embedded, target, hidden)
         else:
-            # R Rotation(eps, tau), row by row: the transposed rotation goes from tau to eps.
-            rows = rotate(target.unsqueeze(-2), embedded.unsqueeze(-2), state[1])
-            turned = (rows @ hidden.unsqueeze(-1)).squeeze(-1)
-            memory = (rows,)
+            accumulated = accumulate_rotation(state[1], embedded, target)
+            turned = (accumulated @ hidden.unsqueeze(-1)).squeeze(-1)
+            memory = (accumulated,)
 
         candidate = embedded + turned
         if self.candidate_norm is not None:
