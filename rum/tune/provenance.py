@@ -1,9 +1,11 @@
 """Tags that say what made a run: commit, versions, data, and the command that repeats it."""
 
+import getpass
 import platform
 import shlex
 import socket
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ def common_tags(task: Task, task_name: str) -> dict[str, str]:
         "rum.metric": task.metric,
         "rum.protocol": task.protocol,
         "rum.driver_host": socket.gethostname(),
+        "mlflow.user": getpass.getuser(),
+        "mlflow.source.name": Path(sys.argv[0]).name,
+        "mlflow.source.type": "LOCAL",
         **_versions(),
         **_commit(),
     }
@@ -54,7 +59,7 @@ def _commit() -> dict[str, str]:
     commit = git("rev-parse", "HEAD")
     if commit is None or git("ls-files", "--error-unmatch", "__init__.py") is None:
         return {}
-    dirty = bool(git("status", "--porcelain", "--", "."))
+    dirty = bool(git("status", "--porcelain", "--", ":/"))
     return {"mlflow.source.git.commit": commit, "rum.git_dirty": str(dirty).lower()}
 
 
@@ -85,11 +90,12 @@ def command(experiment: ExperimentConfig) -> str:
     )
     names = {"model.name": "model", "task.name": "task"}
     first = [f"{names[key]}={flat.pop(key)}" for key in names]
-    rest = [f"{key}={_hydra_value(value)}" for key, value in flat.items()]
+    rest = [f"{key}={option_text(value)}" for key, value in flat.items()]
     return shlex.join(["python", "pipelines/train.py", *first, *rest])
 
 
-def _hydra_value(value: Any) -> str:
+def option_text(value: Any) -> str:
+    """An option's value as it is written in an override."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -22,6 +22,7 @@ from rum.errors import TrackingError
 from rum.tasks import Task
 from rum.train import TrackingConfig
 from rum.training.loop import Report
+from rum.tune.provenance import option_text
 
 CONNECT_SECONDS = 10.0
 
@@ -83,7 +84,9 @@ def _experiment_id(client: MlflowClient, name: str, uri: str, output_dir: Path) 
     # With a local database MLflow would put artifacts into ./mlruns, wherever that is.
     local = uri.startswith(("sqlite:", "file:"))
     location = (output_dir.absolute() / "mlartifacts").as_uri() if local else None
-    return str(client.create_experiment(name, artifact_location=location))
+    # The kind decides which pages the UI shows first: training runs, not language-model traces.
+    kind = {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(name, artifact_location=location, tags=kind))
 
 
 class Tracker:
@@ -161,7 +164,7 @@ class Tracker:
             tags={**self._tags, STUDY_TAG: self._study, **tags},
         )
         run_id = str(run.info.run_id)
-        params = [Param(key, str(value)) for key, value in parameters.items()]
+        params = [Param(key, option_text(value)) for key, value in parameters.items()]
         self.client.log_batch(run_id, params=params)
         dataset = Dataset(
             name=self._task.corpus,
