@@ -14,9 +14,7 @@ from rum.tune.recorder import epoch_recorder
 @hydra.main(version_base="1.3", config_path="../search_spaces", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Composes, trains, prints."""
-    config = to_config(cfg)
-    with epoch_recorder(config) as record:
-        train(config, print, record)
+    train(to_config(cfg), print, epoch_recorder)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def to_config(cfg: DictConfig) -> Any:
         ConfigError: If a value is missing or not valid.
     """
     if "command" in cfg:
-        cfg.command = shlex.join(["python", *sys.argv])
+        cfg.command = shlex.join(["python", *map(_without_secret, sys.argv)])
     for override in HydraConfig.get().overrides.task:
         name = override.split("=")[0]
         if name in cfg.get("space", {}):
@@ -60,6 +60,11 @@ def to_config(cfg: DictConfig) -> Any:
         return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def _without_secret(argument: str) -> str:
+    """A tracking URI may hold a password, and commands are printed and recorded."""
+    return "tracking.uri=***" if argument.startswith("tracking.uri=") else argument
 
 
 def run_pipeline(main: Callable[[], Any], config_name: str) -> None:

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,15 +66,17 @@ def load_task(config: TrainConfig) -> Task:
     return config.task.load(seed=config.training.seed, data_dir=data_dir)
 
 
-def train(
-    config: TrainConfig, write: Callable[[str], None], record: Callable[[Report], None]
-) -> Progress:
+Recorder = Callable[["TrainConfig"], AbstractContextManager[Callable[[Report], None]]]
+"""Opens, for a run that is about to start, what takes each epoch's report."""
+
+
+def train(config: TrainConfig, write: Callable[[str], None], recorder: Recorder) -> Progress:
     """Trains one model.
 
     Args:
         config: The run.
         write: Takes lines for the user.
-        record: Takes each epoch's report.
+        recorder: Entered when all is checked.
 
     Raises:
         ConfigError: If the run exists and `resume` is "no", or does not exist and it is "yes".
@@ -92,9 +95,8 @@ def train(
         write(f"  {name} baseline: {value:.4f} {task.metric}")
     line = _ProgressLine()
 
-    def report(metrics: Report) -> None:
+    def show(metrics: Report) -> None:
         line.clear()
-        record(metrics)
         shown = " ".join(
             f"{name} {value:.4f}"
             for name, value in metrics.items()
@@ -102,7 +104,13 @@ def train(
         )
         write(f"epoch {metrics['epoch']}/{config.training.max_epochs} {shown}")
 
-    progress = run_experiment(config, task, folder, report, on_step=line.show)
+    with recorder(config) as record:
+
+        def report(metrics: Report) -> None:
+            record(metrics)
+            show(metrics)
+
+        progress = run_experiment(config, task, folder, report, on_step=line.show)
     write(f"best validation {task.metric}: {progress.best_value:.4f}; checkpoints in {folder}")
     return progress
 

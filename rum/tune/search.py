@@ -1,9 +1,11 @@
 """Runs a search: checks everything first, then lets Ray Tune run the conductor's trials."""
 
 import dataclasses
+import json
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -76,6 +78,8 @@ def run_search(config: SearchConfig) -> str:
     data_dir = Path(config.data_dir).absolute() if config.data_dir else None
     task = config.task.load(seed=config.training.seed, data_dir=data_dir)
     output_dir = output_folder(config.output_dir)
+    if not config.dry_run:
+        _check_writable(output_dir)
     prediction = forecast(config, task, output_dir, _concurrent(config, os.cpu_count() or 1))
     _say(f"Corpus: {task.corpus} ({task.source}); {task.protocol}")
     _say(str(prediction))
@@ -103,6 +107,15 @@ def _located(config: SearchConfig) -> SearchConfig:
     if isinstance(task, CharacterLMConfig) and Path(task.corpus).is_file():
         task = dataclasses.replace(task, corpus=str(Path(task.corpus).absolute()))
     return dataclasses.replace(config, training=training, task=task)
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"output_dir must be a folder to write to: {error}") from error
 
 
 def _say(line: str) -> None:
@@ -195,13 +208,13 @@ def conduct(
             {"search": config.search, "sampler": config.sampler, "scheduler": config.scheduler}
         ),
     )
+    tracker.log_text(json.dumps(study.definition, indent=1), "definition.json")
+    conductor = Conductor(study, base, task, _rungs(config, study.mode), tracker, workplace)
     status = INTERRUPTED
     try:
-        conductor = Conductor(study, base, task, _rungs(config, study.mode), tracker, workplace)
         if conductor.num_open:
             with _ray(config) as cpus:
                 _fit(config, conductor, workplace, folder, _concurrent(config, cpus))
-        conductor.interrupt()
         status = INTERRUPTED if conductor.num_open else FINISHED
         best = conductor.best
         if best is not None:
@@ -212,6 +225,7 @@ def conduct(
                 registered = register(client, run_id, checkpoint, task, config.task.name)
                 _say(f"Model {registered.message}")
     finally:
+        conductor.interrupt()
         tracker.close(status)
     parts = [best_trials(study, task), *failures(study), "", _next_commands(config, study, task)]
     summary = "\n".join(parts)
@@ -249,6 +263,7 @@ def _ray(config: SearchConfig) -> Iterator[int]:
         _say("Ray: the running instance of this process")
     elif address:
         _say(f"Ray: the cluster at {address}")
+        _check_answers(address)
         ray.init(address=address, **options)
     else:
         _say("Ray: local, on this machine (RAY_ADDRESS is not set)")
@@ -267,6 +282,20 @@ def _ray(config: SearchConfig) -> Iterator[int]:
             ray.shutdown()
         if own_folder:
             shutil.rmtree(own_folder, ignore_errors=True)
+
+
+def _check_answers(address: str) -> None:
+    """Looks whether anything listens there: Ray itself tries a dead address for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return  # "auto" and the like, which Ray finds out about by itself
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS is {address!r}, where nothing answers ({error}): start the cluster, or "
+            "unset it to search on this machine"
+        ) from error
 
 
 def _own_ray_folder() -> str:
