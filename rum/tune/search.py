@@ -80,6 +80,7 @@ def run_search(config: SearchConfig) -> str:
     output_dir = output_folder(config.output_dir)
     if not config.dry_run:
         _check_writable(output_dir)
+        _check_ray_address()
     prediction = forecast(config, task, output_dir, _concurrent(config, os.cpu_count() or 1))
     _say(f"Corpus: {task.corpus} ({task.source}); {task.protocol}")
     _say(str(prediction))
@@ -263,7 +264,6 @@ def _ray(config: SearchConfig) -> Iterator[int]:
         _say("Ray: the running instance of this process")
     elif address:
         _say(f"Ray: the cluster at {address}")
-        _check_answers(address)
         ray.init(address=address, **options)
     else:
         _say("Ray: local, on this machine (RAY_ADDRESS is not set)")
@@ -284,8 +284,9 @@ def _ray(config: SearchConfig) -> Iterator[int]:
             shutil.rmtree(own_folder, ignore_errors=True)
 
 
-def _check_answers(address: str) -> None:
+def _check_ray_address() -> None:
     """Looks whether anything listens there: Ray itself tries a dead address for minutes."""
+    address = os.environ.get("RAY_ADDRESS", "")
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         return  # "auto" and the like, which Ray finds out about by itself
