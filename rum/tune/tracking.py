@@ -50,7 +50,7 @@ def connect(config: TrackingConfig, output_dir: Path) -> tuple[MlflowClient, str
         The client and the experiment's id.
 
     Raises:
-        TrackingError: If the store does not answer within ten seconds.
+        TrackingError: If the store cannot be used; a server has ten seconds to answer.
     """
     uri = tracking_uri(config, output_dir)
     answer: queue.SimpleQueue[tuple[MlflowClient, str] | Exception] = queue.SimpleQueue()
@@ -65,8 +65,10 @@ def connect(config: TrackingConfig, output_dir: Path) -> tuple[MlflowClient, str
 
     threading.Thread(target=open_store, daemon=True).start()
     shown = uri.split("@")[-1]  # without user and password
+    # A local database may take longer the first time, when its tables are made.
+    seconds = CONNECT_SECONDS if uri.startswith(("http:", "https:")) else None
     try:
-        result = answer.get(timeout=CONNECT_SECONDS)
+        result = answer.get(timeout=seconds)
     except queue.Empty:
         raise TrackingError(
             f"MLflow at {shown} did not answer within {CONNECT_SECONDS:.0f} s. Is the server up, "
