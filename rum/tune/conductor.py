@@ -60,7 +60,7 @@ class Conductor:
         self._adopted = study.trials(TrialState.RUNNING)
         self._asked = len(study.trials()) - len(study.trials(TrialState.WAITING))
         self._began = time.monotonic()
-        self._ended_at_start = self.num_ended
+        self._epochs_trained = 0
         for trial in study.trials():
             if is_sound(trial):
                 self._rungs.file(trial.number, trial.intermediate_values)
@@ -144,6 +144,7 @@ class Conductor:
         epoch, value = int(report["epoch"]), report[self._key]
         if epoch > self._last_epoch[number]:
             self._last_epoch[number] = epoch
+            self._epochs_trained += 1
             self._study.report(number, epoch, value)
             self._tracker.log_report(number, report)
             if status != messages.FINISHED and self._rungs.judge(number, epoch, value):
@@ -226,11 +227,17 @@ class Conductor:
         if values:
             best = min(values) if self._study.mode == "min" else max(values)
             parts.append(f"best {best:.4f} {self._metric}")
-        done = self.num_ended - self._ended_at_start
-        if done and self.num_open:
-            left = (time.monotonic() - self._began) / done * self.num_open
-            parts.append(f"about {_duration(left)} left")
+        if self._epochs_trained and self.num_open:
+            seconds_per_epoch = (time.monotonic() - self._began) / self._epochs_trained
+            parts.append(f"about {_duration(seconds_per_epoch * self._epochs_left())} left")
         return " | ".join(parts)
+
+    def _epochs_left(self) -> float:
+        """Epochs still to train if open trials get as many as those that ended, on average."""
+        ended = [self._last_epoch[n] for n in self._last_epoch if n not in self._running]
+        typical = sum(ended) / len(ended) if ended else self._base.training.max_epochs
+        begun = [max(0.0, typical - self._last_epoch[number]) for number in self._running]
+        return sum(begun) + typical * (self.num_open - len(self._running))
 
 
 def _duration(seconds: float) -> str:
