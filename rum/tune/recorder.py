@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rum.errors import ConfigError
 from rum.train import TrainConfig
 from rum.training.loop import Report
 
@@ -13,7 +14,12 @@ def epoch_recorder(config: TrainConfig) -> Iterator[Callable[[Report], None]]:
     if config.tracking.name == "none":
         yield lambda report: None
         return
-    from rum.tune.single import record_run
+    try:
+        from rum.tune.single import record_run
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"tracking=mlflow needs the package {error.name!r}: install rum-torch[tune]"
+        ) from error
 
     with record_run(config) as record:
         yield record
