@@ -198,17 +198,21 @@ class RUMCell(Cell):
         noise = self.sample_noise(input.shape[0], input.shape[1])
         size = self.hidden_size
         from_input, embedded = torch.tensor_split(self.project(input), (2 * size,), -1)
-        gate_norm, candidate_norm = self.gate_norm, self.candidate_norm
+        norms: tuple[Tensor, ...] = ()
+        if self.gate_norm is not None and self.candidate_norm is not None:
+            norms = (
+                self.gate_norm.gain,
+                self.gate_norm.shift,
+                self.candidate_norm.gain,
+                self.candidate_norm.shift,
+            )
         with torch.autocast(input.device.type, enabled=False):
             outputs = rum_recurrence(
                 from_input.to(self.weight_hh.dtype),
                 embedded.to(self.weight_hh.dtype),
                 state[0].to(self.weight_hh.dtype),
                 self.weight_hh,
-                None if gate_norm is None else gate_norm.gain,
-                None if gate_norm is None else gate_norm.shift,
-                None if candidate_norm is None else candidate_norm.gain,
-                None if candidate_norm is None else candidate_norm.shift,
+                norms,
                 first_mask(noise),
                 RecurrenceOptions(
                     activation=self.activation,
