@@ -119,6 +119,14 @@ def bernoulli_mask(probability: float, *shape: int, like: Tensor) -> Tensor:
     return (draw < probability).to(like.dtype)
 
 
+def semi_orthogonal(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Draws a semi-orthogonal matrix, in float32 for half precision, which has no QR."""
+    half = like.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if half else like.dtype
+    drawn = nn.init.orthogonal_(torch.empty(rows, columns, device=like.device, dtype=dtype))
+    return drawn.to(like.dtype)
+
+
 @dataclass(kw_only=True)
 class CellConfig(ABC):
     """The typed options of one cell; checks itself and is never changed after construction."""

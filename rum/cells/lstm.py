@@ -15,6 +15,7 @@ from rum.cells.base import (
     State,
     bernoulli_mask,
     register_model,
+    semi_orthogonal,
 )
 from rum.cells.layer_norm import LayerNorm
 from rum.checks import check_at_least, check_probability
@@ -74,8 +75,10 @@ class LSTMCell(Cell):
         block is not. Without: Glorot-uniform over input and hidden state together. Bias 0.
         """
         if self.gate_norm is not None:
-            nn.init.orthogonal_(self.weight_ih)
-            nn.init.orthogonal_(self.weight_hh)
+            with torch.no_grad():
+                for weight in (self.weight_ih, self.weight_hh):
+                    rows, columns = weight.shape
+                    weight.copy_(semi_orthogonal(rows, columns, weight))
         else:
             bound = (6 / (self.input_size + self.hidden_size + 4 * self.hidden_size)) ** 0.5
             nn.init.uniform_(self.weight_ih, -bound, bound)

@@ -17,6 +17,7 @@ from rum.cells.base import (
     bernoulli_mask,
     first_mask,
     register_model,
+    semi_orthogonal,
 )
 from rum.cells.layer_norm import LayerNorm
 from rum.checks import check_at_least, check_choice, check_positive, check_probability
@@ -126,12 +127,11 @@ class RUMCell(Cell):
         with torch.no_grad():
             for gate in range(2):
                 rows = slice(gate * size, (gate + 1) * size)
-                joint = self.weight_hh.new_empty(self.input_size + size, size)
-                nn.init.orthogonal_(joint)
+                joint = semi_orthogonal(self.input_size + size, size, self.weight_hh)
                 self.weight_ih[rows] = joint[: self.input_size].t()
                 self.weight_hh[rows] = joint[self.input_size :].t()
-            embedding = self.weight_ih.new_empty(self.input_size, size)
-            self.weight_ih[2 * size :] = nn.init.orthogonal_(embedding).t()
+            embedding = semi_orthogonal(self.input_size, size, self.weight_ih)
+            self.weight_ih[2 * size :] = embedding.t()
             self.bias.fill_(1.0)
             if self.embedding_bias is not None:
                 self.embedding_bias.zero_()

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from rum.functional import SQUARED_NORM_FLOOR
 
@@ -112,8 +111,11 @@ class _FusedRecurrence(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True; the result would silently lack terms
+            raise RuntimeError(
+                "the fused RUM recurrence cannot be differentiated twice: use backend='reference'"
+            )
         mask, pre, embedded, hidden, weight, outputs, *norms = ctx.saved_tensors
         options: RecurrenceOptions = ctx.options
         batch, size = hidden.shape
