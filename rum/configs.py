@@ -1,5 +1,6 @@
 """Hydra: registers the typed configurations, and runs a pipeline with clear errors."""
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -49,6 +50,7 @@ def to_config(cfg: DictConfig) -> Any:
     """
     if "command" in cfg:
         cfg.command = shlex.join(["python", *map(_without_secret, sys.argv)])
+    _check_names(cfg, "")
     for override in HydraConfig.get().overrides.task:
         name = override.split("=")[0]
         if name in cfg.get("space", {}):
@@ -60,6 +62,20 @@ def to_config(cfg: DictConfig) -> Any:
         return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def _check_names(cfg: DictConfig, prefix: str) -> None:
+    """Refuses what `+name=value` added: Hydra lets it through and nothing would read it."""
+    schema = OmegaConf.get_type(cfg)
+    known = [field.name for field in dataclasses.fields(schema)] if schema is not dict else None
+    for key in cfg:
+        name = f"{prefix}{key}"
+        if known is not None and key not in known:
+            hint = nearest(str(key), known)
+            raise ConfigError(f"unknown option {name!r}{hint}")
+        value = cfg._get_node(key)
+        if isinstance(value, DictConfig) and not (value._is_none() or value._is_missing()):
+            _check_names(value, f"{name}.")
 
 
 def _without_secret(argument: str) -> str:
