@@ -68,10 +68,10 @@ def _check_names(cfg: DictConfig, prefix: str) -> None:
     """Refuses what `+name=value` added: Hydra lets it through and nothing would read it."""
     schema = OmegaConf.get_type(cfg)
     known = [field.name for field in dataclasses.fields(schema)] if schema is not dict else None
-    for key in cfg:
+    for key in map(str, cfg):
         name = f"{prefix}{key}"
         if known is not None and key not in known:
-            hint = nearest(str(key), known)
+            hint = nearest(key, known)
             raise ConfigError(f"unknown option {name!r}{hint}")
         value = cfg._get_node(key)
         if isinstance(value, DictConfig) and not (value._is_none() or value._is_missing()):
