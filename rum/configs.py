@@ -67,7 +67,9 @@ def to_config(cfg: DictConfig) -> Any:
 def _check_names(cfg: DictConfig, prefix: str) -> None:
     """Refuses what `+name=value` added: Hydra lets it through and nothing would read it."""
     schema = OmegaConf.get_type(cfg)
-    known = [field.name for field in dataclasses.fields(schema)] if schema is not dict else None
+    known = None
+    if schema is not None and dataclasses.is_dataclass(schema):
+        known = [field.name for field in dataclasses.fields(schema)]
     for key in map(str, cfg):
         name = f"{prefix}{key}"
         if known is not None and key not in known:

@@ -57,6 +57,9 @@ class Conductor:
         self._workplace = workplace
         self._last_epoch: dict[int, int] = {}
         self._running: dict[int, TrialSpec] = {}
+        for trial in study.trials(TrialState.RUNNING):
+            if trial.user_attrs.get(RUNG) in trial.intermediate_values:
+                self._end_stopped(trial)
         self._adopted = study.trials(TrialState.RUNNING)
         self._asked = len(study.trials()) - len(study.trials(TrialState.WAITING))
         self._began = time.monotonic()
@@ -65,6 +68,14 @@ class Conductor:
             if is_sound(trial):
                 self._rungs.file(trial.number, trial.intermediate_values)
         self._catch_up()
+
+    def _end_stopped(self, trial: FrozenTrial) -> None:
+        """Ends a trial that the scheduler had stopped just before its driver died."""
+        rung = trial.user_attrs[RUNG]
+        self._study.adopt(trial)
+        reason = f"stopped by the scheduler: {trial.intermediate_values[rung]:.4f} at rung {rung}"
+        self._study.note(trial.number, REASON, reason)
+        self._study.finish(trial.number, TrialState.PRUNED)
 
     def _catch_up(self) -> None:
         """Writes to MLflow what an earlier driver did not get to."""
@@ -145,13 +156,14 @@ class Conductor:
         if epoch > self._last_epoch[number]:
             self._last_epoch[number] = epoch
             self._epochs_trained += 1
+            stop = status != messages.FINISHED and self._rungs.judge(number, epoch, value)
+            if stop:  # noted first: a driver that dies after the report still ends the trial
+                self._study.note(number, RUNG, epoch)
             self._study.report(number, epoch, value)
             self._tracker.log_report(number, report)
-            if status != messages.FINISHED and self._rungs.judge(number, epoch, value):
+            if stop:
                 reason = f"stopped by the scheduler: {value:.4f} at rung {epoch}"
-                self._end(
-                    number, TrialState.PRUNED, reason=reason, rung=epoch, worker=message["worker"]
-                )
+                self._end(number, TrialState.PRUNED, reason=reason, worker=message["worker"])
                 return True
         if status == messages.FINISHED:
             self._end(number, TrialState.COMPLETE, value=value, worker=message["worker"])
@@ -170,10 +182,11 @@ class Conductor:
         worker: dict[str, Any],
         value: float | None = None,
         reason: str | None = None,
-        rung: int | None = None,
     ) -> None:
         del self._running[number]
-        self._study.finish(number, state, value=value, reason=reason, rung=rung)
+        if reason is not None:
+            self._study.note(number, REASON, reason)
+        self._study.finish(number, state, value)
         frozen = next(trial for trial in self._study.trials() if trial.number == number)
         self._end_run(frozen, worker)
         best = self.best

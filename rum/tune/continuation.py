@@ -17,7 +17,7 @@ from rum.tune.study import (
     ORIGIN,
     Study,
     check_definition,
-    create_study,
+    ensure_study,
     locked,
     open_storage,
     study_names,
@@ -62,8 +62,7 @@ def continue_best(config: ResumeConfig) -> str:
     definition = define(search, task)
     name = f"{config.study}-to-{search.training.max_epochs}"
     with locked(output_dir / "studies" / name):
-        if name not in study_names(storage):
-            create_study(storage, name, definition)
+        ensure_study(storage, name, definition)
         study = Study(storage, name, search.space, search.sampler)
         check_definition(study, definition)
         queued = {trial.user_attrs[ORIGIN]["trial"] for trial in study.trials()}

@@ -38,7 +38,7 @@ from rum.tune.space import check_space, space_to_plain
 from rum.tune.study import (
     Study,
     check_definition,
-    create_study,
+    ensure_study,
     locked,
     open_storage,
     study_names,
@@ -93,8 +93,7 @@ def run_search(config: SearchConfig) -> str:
     definition = define(config, task)
     name = _study_name(config, task, storage)
     with locked(output_dir / "studies" / name):
-        if name not in study_names(storage):
-            create_study(storage, name, definition)
+        ensure_study(storage, name, definition)
         study = Study(storage, name, config.space, config.sampler)
         check_definition(study, definition)
         _say(_set_target(study, config))

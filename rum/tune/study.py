@@ -162,22 +162,13 @@ class Study:
         """Records the running best of a trial after an epoch."""
         self._open[number].report(value, epoch)
 
-    def finish(
-        self,
-        number: int,
-        state: TrialState,
-        *,
-        value: float | None = None,
-        reason: str | None = None,
-        rung: int | None = None,
-    ) -> None:
+    def note(self, number: int, key: str, value: Any) -> None:
+        """Records something about a trial, for example why it ends."""
+        self._open[number].set_user_attr(key, value)
+
+    def finish(self, number: int, state: TrialState, value: float | None = None) -> None:
         """Ends a trial; `value` only with COMPLETE (a pruned trial's is its last report)."""
-        trial = self._open.pop(number)
-        if reason is not None:
-            trial.set_user_attr(REASON, reason)
-        if rung is not None:
-            trial.set_user_attr(RUNG, rung)
-        self._study.tell(trial, value, state=state)
+        self._study.tell(self._open.pop(number), value, state=state)
 
     def ranked(self) -> list[FrozenTrial]:
         """Trials with a value, finished or stopped early, best first."""
@@ -199,15 +190,18 @@ def study_names(storage: optuna.storages.RDBStorage) -> list[str]:
     return sorted(optuna.get_all_study_names(storage))
 
 
-def create_study(
+def ensure_study(
     storage: optuna.storages.RDBStorage, name: str, definition: dict[str, Any]
 ) -> None:
-    """Makes an empty study."""
+    """Makes an empty study unless it is there, also one that was only half made."""
     directions = optuna.study.StudyDirection
     direction = directions.MINIMIZE if definition["mode"] == "min" else directions.MAXIMIZE
-    study = optuna.create_study(study_name=name, storage=storage, direction=direction)
-    study.set_user_attr(TARGET, 0)
-    study.set_user_attr(DEFINITION, definition)
+    study = optuna.create_study(
+        study_name=name, storage=storage, direction=direction, load_if_exists=True
+    )
+    if DEFINITION not in study.user_attrs:
+        study.set_user_attr(TARGET, 0)
+        study.set_user_attr(DEFINITION, definition)
 
 
 def check_definition(study: Study, definition: dict[str, Any]) -> None:

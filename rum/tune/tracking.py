@@ -26,6 +26,7 @@ from rum.tune.provenance import option_text
 
 CONNECT_SECONDS = 10.0
 
+logger = logging.getLogger(__name__)
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # says how it makes tables
 
 STUDY_TAG = "rum.study"
@@ -127,11 +128,7 @@ class Tracker:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._error: Exception | None = None
         self._existing = self._find_runs()
-        if None in self._existing:
-            self.parent_id = self._known_run_id(None) or ""
-            client.update_run(self.parent_id, status=RUNNING)
-        else:
-            self.parent_id = self._create_run(None, study, {}, parameters)
+        self.parent_id = self._open_run(None, study, {}, parameters)
         self._thread = threading.Thread(target=self._write, name="mlflow-writer", daemon=True)
         self._thread.start()
 
@@ -153,19 +150,29 @@ class Tracker:
             if not token:
                 return runs
 
-    def _create_run(
+    def _open_run(
         self,
         number: int | None,
         name: str,
         tags: Mapping[str, str],
         parameters: Mapping[str, Any],
     ) -> str:
-        run = self.client.create_run(
-            self._experiment_id,
-            run_name=name,
-            tags={**self._tags, STUDY_TAG: self._study, **tags},
-        )
-        run_id = str(run.info.run_id)
+        """Finds or makes a run and marks it as running; completes one that was half made."""
+        known = self._known_run_id(number)
+        if known is not None:
+            self.client.update_run(known, status=RUNNING)
+            there = self._existing[number].data.params if number in self._existing else parameters
+            parameters = {k: value for k, value in parameters.items() if k not in there}
+            run_id = known
+        else:
+            run = self.client.create_run(
+                self._experiment_id,
+                run_name=name,
+                tags={**self._tags, STUDY_TAG: self._study, **tags},
+            )
+            run_id = str(run.info.run_id)
+        if not parameters:
+            return run_id
         params = [Param(key, option_text(value)) for key, value in parameters.items()]
         self.client.log_batch(run_id, params=params)
         dataset = Dataset(
@@ -177,7 +184,7 @@ class Tracker:
         context = [InputTag("mlflow.data.context", "training")]
         self.client.log_inputs(run_id, [DatasetInput(dataset, context)])
         self._run_ids[number] = run_id
-        self._logged[run_id] = set()
+        self._logged.setdefault(run_id, set())
         return run_id
 
     def _write(self) -> None:
@@ -187,6 +194,7 @@ class Tracker:
                     job()
                 except Exception as error:  # noqa: BLE001  # raised by flush, in the driver
                     self._error = error
+                    logger.error("MLflow stopped taking records: %s", error)
 
     def _enqueue(self, job: Callable[[], None]) -> None:
         self._queue.put(job)
@@ -233,12 +241,8 @@ class Tracker:
         """Finds or makes the run of a trial and marks it as running."""
 
         def job() -> None:
-            run_id = self._known_run_id(number)
-            if run_id is None:
-                own = {TRIAL_TAG: str(number), PARENT_TAG: parent_id or self.parent_id, **tags}
-                self._create_run(number, name, own, parameters)
-            else:
-                self.client.update_run(run_id, status=RUNNING)
+            own = {TRIAL_TAG: str(number), PARENT_TAG: parent_id or self.parent_id, **tags}
+            self._open_run(number, name, own, parameters)
 
         self._enqueue(job)
 
