@@ -1,0 +1,124 @@
+"""Checkpoints: complete or not there, checked, free of code."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rum.errors import CheckpointError
+from rum.training.checkpoint import (
+    DESCRIPTION_FILE,
+    STATE_FILE,
+    CheckpointStore,
+    load_state,
+    read_checkpoint,
+)
+
+
+def save(store: CheckpointStore, step: int, best: int | None) -> Path:
+    return store.save({"x": torch.full((3,), float(step))}, {"step": step, "best_step": best})
+
+
+def test_best_and_last_are_kept(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        save(store, step, best)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000002", "step_000000004"]
+    last, best_one = store.last(), store.best()
+    assert last is not None
+    assert best_one is not None
+    assert torch.equal(load_state(last, "cpu")["x"], torch.full((3,), 4.0))
+    assert torch.equal(load_state(best_one, "cpu")["x"], torch.full((3,), 2.0))
+
+
+def test_nothing_is_there_before_the_first_save(tmp_path: Path) -> None:
+    assert CheckpointStore(tmp_path / "none").last() is None
+    assert CheckpointStore(tmp_path / "none").best() is None
+
+
+def test_what_a_killed_writer_leaves_does_no_harm(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    save(store, 1, 1)
+    (tmp_path / ".partial-99").mkdir()
+    (tmp_path / ".partial-99" / STATE_FILE).write_bytes(b"half")
+
+    last = store.last()
+    assert last is not None
+    assert last.description["step"] == 1
+    save(store, 1, 1)  # again, over what is there
+
+
+def flip(path: Path) -> None:
+    content = bytearray((path / STATE_FILE).read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / STATE_FILE).write_bytes(bytes(content))
+
+
+def truncate(path: Path) -> None:
+    (path / STATE_FILE).write_bytes((path / STATE_FILE).read_bytes()[:-100])
+
+
+def garble(path: Path) -> None:
+    (path / DESCRIPTION_FILE).write_text("{not json")
+
+
+def remove_description(path: Path) -> None:
+    (path / DESCRIPTION_FILE).unlink()
+
+
+def other_format(path: Path) -> None:
+    description = json.loads((path / DESCRIPTION_FILE).read_text())
+    (path / DESCRIPTION_FILE).write_text(json.dumps({**description, "format_version": 99}))
+
+
+def foreign(path: Path) -> None:
+    (path / DESCRIPTION_FILE).write_text(json.dumps(["something", "else"]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip, "damaged"),
+        (truncate, "damaged"),
+        (garble, "not a readable checkpoint"),
+        (remove_description, "not a readable checkpoint"),
+        (other_format, "format 99"),
+        (foreign, "does not describe a checkpoint"),
+    ],
+)
+def test_damage_is_an_error_that_names_the_path(
+    damage: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    store = CheckpointStore(tmp_path)
+    path = save(store, 1, 1)
+    damage(path)
+
+    with pytest.raises(CheckpointError, match=message) as error:
+        store.last()
+    assert str(path) in str(error.value)
+
+
+class Malicious:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.marker,))
+
+
+def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
+    path = save(CheckpointStore(tmp_path / "run"), 1, 1)
+    marker = tmp_path / "executed"
+    torch.save({"model": Malicious(marker)}, path / STATE_FILE)
+    description = json.loads((path / DESCRIPTION_FILE).read_text())
+    description["sha256"] = hashlib.sha256((path / STATE_FILE).read_bytes()).hexdigest()
+    (path / DESCRIPTION_FILE).write_text(json.dumps(description))
+
+    with pytest.raises(CheckpointError, match="cannot load"):
+        load_state(read_checkpoint(path), "cpu")
+    assert not marker.exists()

@@ -1,0 +1,269 @@
+"""An interrupted and resumed run equals an uninterrupted one bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rum.cells import (
+    FSRUMConfig,
+    LSTMCellConfig,
+    LSTMConfig,
+    ModelConfig,
+    RUMCellConfig,
+    RUMConfig,
+)
+from rum.errors import CheckpointError, DivergedError
+from rum.experiment import ExperimentConfig, run_experiment
+from rum.tasks import CharacterLMConfig, CopyingConfig, Task, TaskConfig
+from rum.training.checkpoint import CheckpointStore, load_state
+from rum.training.config import ScheduleConfig, TrainingConfig
+from rum.training.loop import Report
+
+
+class InterruptedRunError(Exception):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(topics[key] for key in sorted(topics))[:8000])
+    return str(path)
+
+
+def language_task(text: str) -> CharacterLMConfig:
+    return CharacterLMConfig(corpus=text, batch_size=8, bptt_length=20, embedding_size=6)
+
+
+MODELS: dict[str, ModelConfig] = {
+    "rum": RUMConfig(
+        hidden_size=8, num_layers=2, layer_norm=True, eta=1.0, zoneout=0.2, dropout=0.1
+    ),
+    "rum_memory": RUMConfig(hidden_size=6, lambda_=1.0, eta=1.0, zoneout=0.2),
+    "lstm": LSTMConfig(hidden_size=8, layer_norm=True, zoneout_h=0.1, zoneout_c=0.3),
+    "fs_rum": FSRUMConfig(
+        fast=LSTMCellConfig(hidden_size=6, layer_norm=True, zoneout_h=0.1, zoneout_c=0.3),
+        slow=RUMCellConfig(hidden_size=7, eta=1.0, layer_norm=True, zoneout=0.1),
+        dropout=0.2,
+    ),
+}
+
+
+def train(
+    model: ModelConfig,
+    task: TaskConfig,
+    folder: Path,
+    *,
+    stop_after: int | None = None,
+    **training: Any,
+) -> list[Report]:
+    """Trains until done, or until `stop_after` updates of this process."""
+    options = {"max_epochs": 2, "threads": 1, "learning_rate": 0.01, "seed": 3, **training}
+    config = ExperimentConfig(model=model, task=task, training=TrainingConfig(**options))
+    reports: list[Report] = []
+    updates = 0
+
+    def count(step: int, total: int) -> None:
+        nonlocal updates
+        updates += 1
+        if updates == stop_after:
+            raise InterruptedRunError
+
+    run_experiment(config, loaded(task), folder, reports.append, on_step=count)
+    return reports
+
+
+def loaded(task: TaskConfig) -> Task:
+    return task.load(seed=3)
+
+
+def outcome(folder: Path) -> tuple[list[Report], dict[str, torch.Tensor]]:
+    """All reports without timings, and all final weights."""
+    last = CheckpointStore(folder).last()
+    assert last is not None
+    reports = [
+        {name: value for name, value in report.items() if not name.startswith("time/")}
+        for report in last.reports
+    ]
+    return reports, load_state(last, "cpu")["model"]
+
+
+def assert_same(first: Path, second: Path) -> None:
+    (reports, weights), (other_reports, other_weights) = outcome(first), outcome(second)
+    assert reports == other_reports
+    assert list(weights) == list(other_weights)
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, other_weights[name]), name
+
+
+@pytest.mark.parametrize("epochs", [0.4, 1.0, 1.6])
+@pytest.mark.parametrize("name", MODELS)
+def test_resumed_training_equals_uninterrupted_training(
+    name: str, epochs: float, text: str, tmp_path: Path
+) -> None:
+    task = language_task(text)
+    stop_after = int(epochs * loaded(task).steps_per_epoch)
+    train(MODELS[name], task, tmp_path / "whole")
+
+    with pytest.raises(InterruptedRunError):
+        train(
+            MODELS[name],
+            task,
+            tmp_path / "parts",
+            stop_after=stop_after,
+            checkpoint_seconds=1e-9,  # a checkpoint after every update
+        )
+    train(MODELS[name], task, tmp_path / "parts")
+
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tensorflow"])
+def test_every_optimizer_and_a_schedule_resume_exactly(optimizer: str, tmp_path: Path) -> None:
+    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=10)
+    options: dict[str, Any] = {
+        "optimizer": optimizer,
+        "schedule": ScheduleConfig(name="table6"),
+        "max_epochs": 6,
+        "max_grad_norm": None,
+    }
+    train(MODELS["rum"], task, tmp_path / "whole", **options)
+
+    for _ in range(4):
+        with pytest.raises(InterruptedRunError):
+            train(
+                MODELS["rum"],
+                task,
+                tmp_path / "parts",
+                stop_after=13,
+                **{**options, "checkpoint_seconds": 1e-9},
+            )
+    train(MODELS["rum"], task, tmp_path / "parts", **options)
+
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    rates = [report["train/learning_rate"] for report in outcome(tmp_path / "parts")[0]]
+    assert rates == pytest.approx([0.01, 0.01, 0.01, 0.0005, 0.00005, 0.00005])
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from rum.cells import RUMConfig
+from rum.experiment import ExperimentConfig, run_experiment
+from rum.tasks import CopyingConfig
+from rum.training.config import TrainingConfig
+
+task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=40)
+config = ExperimentConfig(
+    model=RUMConfig(hidden_size=8, zoneout=0.2, dropout=0.1),
+    task=task,
+    training=TrainingConfig(max_epochs=3, threads=1, checkpoint_seconds=1e-9),
+)
+run_experiment(config, task.load(seed=0), Path(sys.argv[1]), lambda report: None,
+               on_step=lambda step, total: print(step, flush=True))
+"""
+
+
+def test_a_killed_process_resumes_exactly(tmp_path: Path) -> None:
+    def start(folder: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / folder)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    whole = start("whole")
+    whole.communicate(timeout=120)
+    for lines in (7, 55):
+        process = start("parts")
+        assert process.stdout is not None
+        for _ in range(lines):
+            process.stdout.readline()
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.stdout.close()
+    last = start("parts")
+    last.communicate(timeout=120)
+
+    assert last.returncode == 0
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5)
+    assert len(train(MODELS["rum"], task, tmp_path)) == 2
+    before = outcome(tmp_path)
+
+    assert train(MODELS["rum"], task, tmp_path) == []
+    assert outcome(tmp_path)[0] == before[0]
+
+
+def test_a_longer_run_goes_on_as_if_it_had_been_longer_from_the_start(tmp_path: Path) -> None:
+    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5)
+    train(MODELS["rum"], task, tmp_path / "whole", max_epochs=4)
+    train(MODELS["rum"], task, tmp_path / "parts", max_epochs=2)
+
+    reports = train(MODELS["rum"], task, tmp_path / "parts", max_epochs=4)
+
+    assert [report["epoch"] for report in reports] == [3, 4]
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_that_begins_from_another_keeps_its_training_state(tmp_path: Path) -> None:
+    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5)
+    train(MODELS["rum"], task, tmp_path / "whole", max_epochs=4)
+    train(MODELS["rum"], task, tmp_path / "origin", max_epochs=2)
+    origin = CheckpointStore(tmp_path / "origin").last()
+    config = ExperimentConfig(
+        model=MODELS["rum"],
+        task=task,
+        training=TrainingConfig(max_epochs=4, threads=1, learning_rate=0.01, seed=3),
+    )
+
+    run_experiment(config, loaded(task), tmp_path / "new", lambda _: None, begin_from=origin)
+
+    reports, weights = outcome(tmp_path / "new")
+    whole_reports, whole_weights = outcome(tmp_path / "whole")
+    assert [report["epoch"] for report in reports] == [3, 4]
+    assert all(torch.equal(weights[name], whole_weights[name]) for name in weights)
+    values = [report["validation/cross_entropy"] for report in reports]
+    assert values == [report["validation/cross_entropy"] for report in whole_reports[2:]]
+
+
+def test_best_checkpoint_is_that_of_the_best_measured_value(tmp_path: Path) -> None:
+    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5)
+    train(MODELS["rum"], task, tmp_path, max_epochs=6, learning_rate=0.3, max_grad_norm=None)
+
+    store = CheckpointStore(tmp_path)
+    best, last = store.best(), store.last()
+
+    assert best is not None
+    assert last is not None
+    values = [report["validation/cross_entropy"] for report in last.reports]
+    assert best.description["step"] == 5 * (1 + values.index(min(values)))
+    assert best.reports[-1]["validation/cross_entropy"] == min(values)
+    assert len(list(tmp_path.iterdir())) == (1 if best.path == last.path else 2)
+
+
+def test_another_model_or_other_data_are_refused(text: str, tmp_path: Path) -> None:
+    train(MODELS["rum"], CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5), tmp_path)
+
+    with pytest.raises(CheckpointError, match="of model"):
+        train(MODELS["lstm"], CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5), tmp_path)
+    with pytest.raises(CheckpointError, match="other data: checksum"):
+        train(MODELS["rum"], CopyingConfig(delay=4, batch_size=4, steps_per_epoch=5), tmp_path)
+    with pytest.raises(CheckpointError, match="other data"):
+        train(MODELS["rum"], language_task(text), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_training_with_a_reason(tmp_path: Path) -> None:
+    model = RUMConfig(hidden_size=8, layer_norm=True)  # without eta the gate makes the state grow
+    task = CopyingConfig(delay=500, batch_size=4, steps_per_epoch=10)
+
+    with pytest.raises(DivergedError, match="not finite at update 10"):
+        train(model, task, tmp_path)
