@@ -42,7 +42,8 @@ SMALL_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "fs_rum": [
         {
             "fast": LSTMCellConfig(hidden_size=3, layer_norm=True, zoneout_h=0.3),
-            "slow": RUMCellConfig(hidden_size=2, eta=1.0, zoneout=0.3),
+            # tanh: two units of a ReLU are easily zero together, where eta has no derivative
+            "slow": RUMCellConfig(hidden_size=2, eta=1.0, zoneout=0.3, activation="tanh"),
         },
         {
             "fast": LSTMCellConfig(hidden_size=3),

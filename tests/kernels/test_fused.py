@@ -274,6 +274,24 @@ def test_a_dead_state_of_zeros_has_the_gradients_of_the_reference(eta: float | N
     torch.testing.assert_close(actual, run(reference, input, hidden), rtol=1e-11, atol=1e-11)
 
 
+def test_a_state_below_the_floor_of_eta_has_the_gradients_of_the_reference() -> None:
+    # as above, from a state of 1e-8, whose norm is divided by the constant 1e-6
+    fused, reference = (
+        random_cell(backend=backend, eta=0.7) for backend in ("fused", "reference")
+    )
+    for cell in (fused, reference):
+        with torch.no_grad():
+            cell.weight_ih[2 * SIZE :] = 0
+            assert cell.embedding_bias is not None
+            cell.embedding_bias.fill_(-1.0)
+    input, hidden = draw(1, BATCH, INPUT_SIZE), 1e-8 * draw(BATCH, SIZE, seed=3)
+
+    actual = run(fused, input, hidden)
+
+    assert 1e-4 < float(actual["output"].abs().max()) < 0.1
+    torch.testing.assert_close(actual, run(reference, input, hidden), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("loss", [torch.sum, lambda output: output.square().sum()])
 def test_second_derivative_of_the_fused_backend_raises_whatever_the_loss(
     loss: Callable[[Tensor], Tensor],
@@ -304,11 +322,22 @@ def test_an_unknown_backend_is_refused() -> None:
         RUMCell(INPUT_SIZE, SIZE, backend="cuda")
 
 
-@pytest.mark.parametrize(("lambda_", "is_fused"), [(0.0, True), (1.0, False)])
-def test_auto_is_fused_where_there_is_no_memory(lambda_: float, is_fused: bool) -> None:
-    cell = random_cell(backend="auto", lambda_=lambda_)
+@pytest.mark.parametrize(
+    ("lambda_", "dtype", "is_fused"),
+    [
+        (0.0, torch.float64, True),
+        (0.0, torch.float32, True),
+        (0.0, torch.bfloat16, False),  # the reference does norms and rotation in float32
+        (1.0, torch.float64, False),
+    ],
+    ids=str,
+)
+def test_auto_is_fused_in_full_precision_without_memory(
+    lambda_: float, dtype: torch.dtype, is_fused: bool
+) -> None:
+    cell = random_cell(backend="auto", lambda_=lambda_, dtype=dtype)
 
-    output, _ = cell.unroll(draw(STEPS, BATCH, INPUT_SIZE))
+    output, _ = cell.unroll(draw(STEPS, BATCH, INPUT_SIZE, dtype=dtype))
 
     # the reference ends in a stack of steps, the fused backend in its own node
     assert output.grad_fn is not None
@@ -431,6 +460,32 @@ def test_a_non_contiguous_input_gives_the_values_and_gradients_of_a_copy() -> No
 
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-14)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 0, 1), (0, 2, 1)], ids=str)
+def test_the_recurrence_takes_tensors_in_any_memory_order(order: tuple[int, ...]) -> None:
+    options = RecurrenceOptions(activation="tanh", eta=None, layer_norm_gate=None, zoneout=0.0)
+    back = [order.index(axis) for axis in range(3)]
+    plain = (
+        draw(STEPS, BATCH, 2 * SIZE),
+        draw(STEPS, BATCH, SIZE, seed=3),
+        draw(BATCH, SIZE, seed=4),
+        draw(2 * SIZE, SIZE, seed=5),
+    )
+    strange = (
+        *(tensor.permute(order).contiguous().permute(back) for tensor in plain[:2]),
+        *(tensor.t().contiguous().t() for tensor in plain[2:]),
+    )
+    assert not any(tensor.is_contiguous() for tensor in strange)
+
+    results = []
+    for tensors in (strange, plain):
+        leaves = tuple(tensor.requires_grad_() for tensor in tensors)
+        output = rum_recurrence(*leaves, (), None, options)
+        gradients = torch.autograd.grad(output.square().sum(), leaves)
+        results.append((output.detach(), *gradients))
+
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])

@@ -1,0 +1,175 @@
+"""What the tests of the search share: one Ray, MLflow tables made once, books that must agree."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+import ray
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Run
+from optuna.trial import FrozenTrial, TrialState
+
+from rum.parameters import flatten
+from rum.train import TrackingConfig
+from rum.tune.study import REASON, RUNG, is_sound, open_storage
+from rum.tune.tracking import STUDY_TAG, TRIAL_TAG, tracking_uri
+
+
+@pytest.fixture(autouse=True)
+def undisturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Neither the developer's servers nor torch's threads of an earlier test matter."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def mlflow_tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite file with MLflow's tables and nothing in them: making it takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def output_dir(tmp_path: Path, mlflow_tables: Path) -> Path:
+    """An `output_dir` whose MLflow is ready."""
+    folder = tmp_path / "outputs"
+    folder.mkdir()
+    shutil.copy(mlflow_tables, folder / "mlflow.db")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[Path]:
+    """The one Ray of all searches in this process; gives the folder of its files."""
+    folder = tempfile.mkdtemp(prefix="rum-test-")  # short: sockets lie in it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_CHDIR_TO_TRIAL_DIR", "0")
+        patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=200 * 2**20,
+            log_to_driver=False,
+            _temp_dir=folder,
+        )
+        yield Path(folder)
+        ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+Runs = Callable[..., dict[int | None, Run]]
+
+
+@pytest.fixture
+def runs_of() -> Runs:
+    """Gives a study's MLflow runs by trial number (the parent's is None); each once."""
+
+    def runs_of(output_dir: Path, study: str, uri: str | None = None) -> dict[int | None, Run]:
+        client = MlflowClient(tracking_uri(TrackingConfig(uri=uri), output_dir))
+        experiment = client.get_experiment_by_name("rum")
+        runs: dict[int | None, Run] = {}
+        for run in client.search_runs(
+            [experiment.experiment_id], f"tags.`{STUDY_TAG}` = '{study}'"
+        ):
+            number = run.data.tags.get(TRIAL_TAG)
+            key = None if number is None else int(number)
+            assert key not in runs, f"trial {key} has two runs"
+            runs[key] = run
+        return runs
+
+    return runs_of
+
+
+@pytest.fixture
+def trials_of() -> Callable[[Path, str], list[FrozenTrial]]:
+    """Reads a study's trials as another process would."""
+
+    def trials_of(output_dir: Path, study: str) -> list[FrozenTrial]:
+        storage = open_storage(output_dir)
+        return optuna.load_study(study_name=study, storage=storage).get_trials()
+
+    return trials_of
+
+
+@pytest.fixture
+def curve_of() -> Callable[..., dict[int, float]]:
+    """Gives a run's metric by epoch, each point written once."""
+
+    def curve_of(output_dir: Path, run: Run, key: str, uri: str | None = None) -> dict[int, float]:
+        client = MlflowClient(tracking_uri(TrackingConfig(uri=uri), output_dir))
+        points: list[Metric] = client.get_metric_history(run.info.run_id, key)
+        epochs = [point.step for point in points]
+        assert sorted(set(epochs)) == sorted(epochs), f"{key} has a point twice: {sorted(epochs)}"
+        return {point.step: point.value for point in points}
+
+    return curve_of
+
+
+Agree = Callable[..., None]
+
+
+@pytest.fixture
+def check_books(
+    runs_of: Runs,
+    trials_of: Callable[[Path, str], list[FrozenTrial]],
+    curve_of: Callable[..., dict[int, float]],
+) -> Agree:
+    """Checks that Optuna and MLflow say the same of every trial."""
+
+    def check_books(output_dir: Path, study: str, metric: str, uri: str | None = None) -> None:
+        trials = trials_of(output_dir, study)
+        runs = runs_of(output_dir, study, uri)
+        assert set(runs) == {None, *(trial.number for trial in trials)}
+        for trial in trials:
+            run = runs[trial.number]
+            assert run.info.status == _status(trial), trial
+            assert run.data.tags["rum.reason" if REASON in trial.user_attrs else "rum.state"] == (
+                trial.user_attrs.get(REASON, trial.state.name)
+            )
+            rung = trial.user_attrs.get(RUNG)
+            assert run.data.tags.get("rum.rung") == (None if rung is None else str(rung))
+            key = f"validation/best_{metric}"
+            assert curve_of(output_dir, run, key, uri) == trial.intermediate_values
+            epochs = sorted(trial.intermediate_values)
+            assert epochs == list(range(1, len(epochs) + 1)), "an epoch is missing"
+            for name, value in flatten(trial.params).items():
+                recorded = run.data.params[name]
+                assert recorded == str(value) or float(recorded) == float(value)
+
+    return check_books
+
+
+def _status(trial: FrozenTrial) -> str:
+    if trial.state == TrialState.RUNNING:
+        return "SCHEDULED"
+    if trial.state == TrialState.COMPLETE:
+        return "FINISHED"
+    return "KILLED" if trial.state == TrialState.PRUNED and is_sound(trial) else "FAILED"
+
+
+@pytest.fixture
+def flushed() -> Callable[[Path], None]:
+    """Puts the write-ahead log of a study's SQLite file into the file, to copy the folder."""
+
+    def flushed(output_dir: Path) -> None:
+        import sqlite3
+
+        with sqlite3.connect(output_dir / "optuna.db") as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        connection.close()
+        assert os.stat(output_dir / "optuna.db").st_size > 0
+
+    return flushed
