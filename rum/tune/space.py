@@ -92,8 +92,8 @@ def _extremes(domain: Domain) -> list[Any]:
         return list(domain.choices)
     assert domain.low is not None
     assert domain.high is not None
-    bounds = [domain.low, domain.high]
-    return [int(x) for x in bounds] if domain.type == "int" else bounds
+    convert = int if domain.type == "int" else float
+    return [convert(domain.low), convert(domain.high)]
 
 
 def _conditions(where: str, domain: Domain, seen: Space) -> dict[str, Any]:

@@ -152,7 +152,7 @@ SAMPLERS = {
     "random": SamplerConfig(name="random", seed=5),
     "tpe": SamplerConfig(name="tpe", seed=5, startup_trials=3),
 }
-TRIALS = 9
+TRIALS = 7
 
 
 def run_one(study: Study) -> dict[str, Any]:
@@ -326,8 +326,11 @@ def test_a_second_driver_is_refused_until_the_first_is_killed(
 ) -> None:
     folder = tmp_path / "studies" / "mine"
     owner = hold(folder)
-    with pytest.raises(StudyError, match="study mine is run by another driver") as caught:
-        locked(folder).__enter__()
+    with (
+        pytest.raises(StudyError, match="study mine is run by another driver") as caught,
+        locked(folder),
+    ):
+        pass
     assert f'"pid": {owner.pid}' in str(caught.value)
     owner.send_signal(signal.SIGKILL)
     assert owner.wait(timeout=30) == -signal.SIGKILL
@@ -349,8 +352,8 @@ def test_studies_are_locked_one_by_one(tmp_path: Path) -> None:
 def test_a_study_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "studies").write_text("a file in the folder's place")
     folder = tmp_path / "studies" / "mine"
-    with pytest.raises(StudyError, match=f"cannot write to {folder}"):
-        locked(folder).__enter__()
+    with pytest.raises(StudyError, match=f"cannot write to {folder}"), locked(folder):
+        pass
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
