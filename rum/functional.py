@@ -104,11 +104,13 @@ def accumulate_rotation(
     r, scale_r, w, scale_w = _reflections(source, target, eps)
     full = _full_precision(memory)
     directions = torch.stack((r, w), -1)
-    onto_r, onto_w = (full @ directions).unbind(-1)  # memory r and memory w, (B, N)
-    first = scale_r * onto_r
-    second = scale_w * (onto_w - (r * w).sum(-1, keepdim=True) * first)
-    change = torch.stack((first, second), -1)
-    return torch.baddbmm(full, change, directions.mT, alpha=-1).to(memory.dtype)
+    # Autocast would take the products in half precision, and the memory would lose its norm.
+    with torch.autocast(memory.device.type, enabled=False):
+        onto_r, onto_w = (full @ directions).unbind(-1)  # memory r and memory w, (B, N)
+        first = scale_r * onto_r
+        second = scale_w * (onto_w - (r * w).sum(-1, keepdim=True) * first)
+        change = torch.stack((first, second), -1)
+        return torch.baddbmm(full, change, directions.mT, alpha=-1).to(memory.dtype)
 
 
 def rotation_matrix(source: Tensor, target: Tensor, *, eps: float = SQUARED_NORM_FLOOR) -> Tensor:

@@ -27,15 +27,22 @@ def rum_from_authors(
         batch_first: The authors' layer is.
 
     Raises:
-        ValueError: If the names are not those of that layout.
+        ValueError: If names or shapes are not those of that layout.
 
     Source: rotational-unit-of-memory/pytorch/rum_model.py, the version with separate kernels.
     """
     names = {"r_kernel", "u_kernel", "inp_emb_kernel", "r_bias", "u_bias", "inp_emb_bias"}
     plain = {name.removeprefix("rum_cell."): tensor for name, tensor in weights.items()}
-    if set(plain) != names:
+    if set(plain) != names or len(weights) != len(names):
         raise ValueError(f"weights must be {sorted(names)}, got {sorted(weights)}")
     input_size, hidden_size = plain["inp_emb_kernel"].shape
+    shapes = {
+        **dict.fromkeys(("r_kernel", "u_kernel"), (input_size + hidden_size, hidden_size)),
+        **dict.fromkeys(("r_bias", "u_bias", "inp_emb_bias"), (hidden_size,)),
+    }
+    for name, shape in shapes.items():
+        if plain[name].shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(plain[name].shape)}")
     layer = RUM(
         input_size,
         hidden_size,

@@ -478,10 +478,6 @@ def test_half_precision_is_accumulated_in_float32_and_returned_in_half(dtype: to
     assert torch.equal(after, expected.to(dtype))
 
 
-@pytest.mark.xfail(
-    reason="autocast turns the two matrix products of accumulate_rotation into bfloat16",
-    strict=True,
-)
 def test_an_accumulated_rotation_stays_orthogonal_under_autocast() -> None:
     memory = torch.eye(16).expand(5, -1, -1)
     steps = normal(60, 100, 2, 5, 16, dtype=torch.float32)

@@ -1,5 +1,6 @@
 """LSTM cell with layer normalisation and zoneout (the baseline and fast cell of the paper)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from rum.cells.base import (
 )
 from rum.cells.layer_norm import LayerNorm
 from rum.checks import check_at_least, check_probability
+from rum.errors import ConfigError
 from rum.functional import zoneout
 
 
@@ -54,7 +56,12 @@ class LSTMCell(Cell):
     ) -> None:
         """See `LSTMCellConfig` for the options."""
         super().__init__()
-        LSTMCellConfig(hidden_size=hidden_size, zoneout_h=zoneout_h, zoneout_c=zoneout_c)
+        LSTMCellConfig(  # checks the options
+            hidden_size=hidden_size,
+            zoneout_h=zoneout_h,
+            zoneout_c=zoneout_c,
+            forget_bias=forget_bias,
+        )
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.zoneout_h = zoneout_h
@@ -150,6 +157,8 @@ class LSTMCellConfig(CellConfig):
         check_at_least("hidden_size", self.hidden_size, 1)
         check_probability("zoneout_h", self.zoneout_h)
         check_probability("zoneout_c", self.zoneout_c)
+        if not math.isfinite(self.forget_bias):
+            raise ConfigError(f"forget_bias must be finite, got {self.forget_bias}")
 
     def build(
         self,

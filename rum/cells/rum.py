@@ -177,7 +177,8 @@ class RUMCell(Cell):
             turned = rotate(embedded, target, hidden)
         else:
             accumulated = accumulate_rotation(state[1], embedded, target)
-            turned = (accumulated @ hidden.unsqueeze(-1)).squeeze(-1)
+            with torch.autocast(hidden.device.type, enabled=False):
+                turned = (accumulated @ hidden.unsqueeze(-1)).squeeze(-1)
             memory = (accumulated,)
 
         candidate = embedded + turned

@@ -116,6 +116,11 @@ class _FusedRecurrence(torch.autograd.Function):
             raise RuntimeError(
                 "the fused RUM recurrence cannot be differentiated twice: use backend='reference'"
             )
+        with torch.autocast(grad_outputs.device.type, enabled=False):
+            return _FusedRecurrence._gradients(ctx, grad_outputs)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         mask, pre, embedded, hidden, weight, outputs, *norms = ctx.saved_tensors
         options: RecurrenceOptions = ctx.options
         batch, size = hidden.shape
