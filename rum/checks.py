@@ -1,6 +1,7 @@
 """Checks of single option values: what must hold, then what came."""
 
 import math
+import re
 from collections.abc import Collection
 
 from rum.errors import ConfigError
@@ -22,6 +23,12 @@ def check_probability(name: str, value: float) -> None:
     """Raises ConfigError unless `value` is in [0, 1)."""
     if not 0.0 <= value < 1.0:
         raise ConfigError(f"{name} must be in [0, 1), got {value}")
+
+
+def check_file_name(name: str, value: str) -> None:
+    """Raises ConfigError unless `value` can be the name of a folder everywhere."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+        raise ConfigError(f"{name} must be letters, digits, '.', '_' and '-', got {value!r}")
 
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:

@@ -1,5 +1,6 @@
 """One training run by itself: a named folder, progress on the terminal, resumable."""
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rum.checks import check_choice
+from rum.checks import check_choice, check_file_name
 from rum.errors import ConfigError
 from rum.experiment import ExperimentConfig, check_device, parameter_count, run_experiment
 from rum.tasks import Task
@@ -47,6 +48,8 @@ class TrainConfig(ExperimentConfig):
 
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
+        if self.name is not None:
+            check_file_name("name", self.name)
         check_choice("resume", self.resume, ("no", "yes"))
 
     def folder(self, task: Task) -> Path:
@@ -57,7 +60,7 @@ class TrainConfig(ExperimentConfig):
 
 def task_slug(task: Task, name: str) -> str:
     """A task and its corpus as part of a file name."""
-    return f"{name}-{task.corpus}".replace("/", "_")
+    return re.sub(r"[^A-Za-z0-9._-]", "_", f"{name}-{task.corpus}")
 
 
 def load_task(config: TrainConfig) -> Task:

@@ -24,10 +24,10 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
-        check_choice("schedule.name", self.name, SCHEDULES)
+        check_choice("name", self.name, SCHEDULES)
         if not 0.0 < self.drop_at < 1.0:
-            raise ConfigError(f"schedule.drop_at must be in (0, 1), got {self.drop_at}")
-        check_positive("schedule.drop_factor", self.drop_factor)
+            raise ConfigError(f"drop_at must be in (0, 1), got {self.drop_at}")
+        check_positive("drop_factor", self.drop_factor)
 
     def factor(self, epoch: int, max_epochs: int) -> float:
         """The factor in epoch number `epoch` (the first is 1) of `max_epochs`."""

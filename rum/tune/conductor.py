@@ -58,7 +58,7 @@ class Conductor:
         self._last_epoch: dict[int, int] = {}
         self._running: dict[int, TrialSpec] = {}
         for trial in study.trials(TrialState.RUNNING):
-            if trial.user_attrs.get(RUNG) in trial.intermediate_values:
+            if trial.user_attrs.get(RUNG) in trial.intermediate_values:  # None is no epoch
                 self._end_stopped(trial)
         self._adopted = study.trials(TrialState.RUNNING)
         self._asked = len(study.trials()) - len(study.trials(TrialState.WAITING))
@@ -111,6 +111,8 @@ class Conductor:
             frozen = self._adopted.pop(0)
             spec = self._study.adopt(frozen)
             epochs = frozen.intermediate_values
+            if RUNG in frozen.user_attrs:  # a stop that was noted and not reported: judged anew
+                self._study.note(spec.number, RUNG, None)
             self._last_epoch[spec.number] = max(epochs, default=0)
         elif self._asked < self._study.target:
             self._asked += 1
@@ -204,7 +206,7 @@ class Conductor:
         tags = {"rum.state": trial.state.name}
         if reason:
             tags["rum.reason"] = reason
-        if RUNG in trial.user_attrs:
+        if trial.user_attrs.get(RUNG) is not None:
             tags["rum.rung"] = str(trial.user_attrs[RUNG])
         tags |= {f"rum.worker_{key}": str(value) for key, value in (worker or {}).items()}
         self._tracker.end_trial(trial.number, status, tags)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from rum.checks import check_at_least, check_choice, check_positive
+from rum.checks import check_at_least, check_choice, check_file_name, check_positive
 from rum.errors import ConfigError
 from rum.experiment import ExperimentConfig
 from rum.train import TrackingConfig
@@ -126,6 +126,8 @@ class SearchConfig(ExperimentConfig):
 
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
+        if self.study is not None:
+            check_file_name("study", self.study)
         check_choice("study_exists", self.study_exists, ("error", "extend", "new"))
         check_choice("resume", self.resume, ("no", "yes"))
         if self.tracking.name != "mlflow":

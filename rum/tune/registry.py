@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from rum.errors import TrackingError
 from rum.tasks import Task
+from rum.train import task_slug
 from rum.training.checkpoint import Checkpoint
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for three small files
@@ -31,7 +32,7 @@ class Registered:
 
 def model_name(task: Task, task_name: str) -> str:
     """Name of the registered model of a task and corpus."""
-    return f"rum-{task_name}-{task.corpus}".replace("/", "_").replace(":", "_")
+    return f"rum-{task_slug(task, task_name)}"
 
 
 def register(

@@ -8,6 +8,7 @@ they are missing. A driver that died is caught up with by `Tracker.catch_up`.
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -65,7 +66,7 @@ def connect(config: TrackingConfig, output_dir: Path) -> tuple[MlflowClient, str
             answer.put(error)
 
     threading.Thread(target=open_store, daemon=True).start()
-    shown = uri.split("@")[-1]  # without user and password
+    shown = _without_password(uri)
     # A local database may take longer the first time, when its tables are made.
     seconds = CONNECT_SECONDS if uri.startswith(("http:", "https:")) else None
     try:
@@ -76,12 +77,22 @@ def connect(config: TrackingConfig, output_dir: Path) -> tuple[MlflowClient, str
             "and MLFLOW_TRACKING_URI (or tracking.uri) right?"
         ) from None
     if isinstance(result, Exception):
-        raise TrackingError(f"MLflow at {shown} cannot be used: {result}") from result
+        reason = _without_password(str(result))
+        raise TrackingError(f"MLflow at {shown} cannot be used: {reason}") from None
     return result
+
+
+def _without_password(text: str) -> str:
+    """The text without the user and password of any URI in it."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def _experiment_id(client: MlflowClient, name: str, uri: str, output_dir: Path) -> str:
     found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == "deleted":
+        raise TrackingError(
+            f"experiment {name!r} was deleted: restore it, or choose tracking.experiment=..."
+        )
     if found is not None:
         return str(found.experiment_id)
     # With a local database MLflow would put artifacts into ./mlruns, wherever that is.
@@ -139,7 +150,7 @@ class Tracker:
         while True:
             page = self.client.search_runs(
                 [self._experiment_id],
-                f"tags.`{STUDY_TAG}` = '{self._study}'",
+                f'tags.`{STUDY_TAG}` = "{self._study}"',
                 max_results=1000,
                 page_token=token,
             )
@@ -207,9 +218,8 @@ class Tracker:
         """
         done = threading.Event()
         self._queue.put(done.set)
-        while not done.wait(0.1):
-            if self._error is not None:
-                break
+        while not done.wait(0.1) and self._error is None and self._thread.is_alive():
+            pass
         if self._error is not None:
             raise TrackingError(
                 f"MLflow stopped taking records: {self._error}. Nothing is lost: the study and "
@@ -314,7 +324,7 @@ def trial_run(client: MlflowClient, experiment_id: str, study: str, number: int)
     Raises:
         TrackingError: If there is none.
     """
-    where = f"tags.`{STUDY_TAG}` = '{study}' and tags.`{TRIAL_TAG}` = '{number}'"
+    where = f'tags.`{STUDY_TAG}` = "{study}" and tags.`{TRIAL_TAG}` = "{number}"'
     try:
         runs = client.search_runs([experiment_id], where, max_results=1)
     except MlflowException as error:

@@ -198,6 +198,19 @@ def test_metrics_are_bits_and_a_share_of_the_characters(corpus: str) -> None:
     )
 
 
+class StatelessTable(nn.Module):
+    """Logits from the last symbol alone; remembers in which mode it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 7)
+        self.seen_training: list[bool] = []
+
+    def forward(self, symbols: Tensor, state: object) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self.seen_training.append(self.training)
+        return self.table(symbols), ()
+
+
 @pytest.mark.parametrize("batch_size", [None, 1])
 def test_evaluation_is_one_pass_over_each_row(
     batch_size: int | None, corpus: str, text: bytes
@@ -234,22 +247,19 @@ def test_evaluation_is_one_pass_over_each_row(
     assert got["accuracy"] == pytest.approx((logits.argmax(-1) == targets).mean(), rel=1e-12)
 
 
+@pytest.mark.xfail(
+    raises=ZeroDivisionError, strict=True, reason="only the training batch size is checked"
+)
+def test_an_evaluation_that_no_window_fits_is_an_error_for_the_user(corpus: str) -> None:
+    task = tiny(corpus)  # 101 test bytes: one column in each of the 100 rows
+    with pytest.raises(DataError):
+        evaluate(StatelessTable(), task, "test", "cpu", batch_size=100)
+
+
 def test_evaluation_leaves_the_model_as_it_was(corpus: str) -> None:
-    model = nn.Embedding(7, 7)
-    seen: list[bool] = []
-
-    class Stateless(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = model
-
-        def forward(self, symbols: Tensor, state: object) -> tuple[Tensor, tuple[Tensor, ...]]:
-            seen.append(self.training)
-            return self.table(symbols), ()
-
-    module = Stateless().train()
+    module = StatelessTable().train()
     evaluate(module, tiny(corpus), "validation", "cpu")
-    assert set(seen) == {False}
+    assert set(module.seen_training) == {False}
     assert module.training
 
 
@@ -301,6 +311,7 @@ def test_penn_treebank_has_the_papers_number_of_windows(
 
     assert ptb.steps_per_epoch == 265
     assert longer.steps_per_epoch == 199
+    assert ptb.headline_batch_sizes == (1, 20, 128)  # the headline as at submission comes first
     sizes = {"validation": (None,), "test": ptb.headline_batch_sizes}
     windows = {
         (split, size): len(list(ptb.evaluation_batches(split, size)))

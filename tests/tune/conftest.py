@@ -14,8 +14,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 from optuna.trial import FrozenTrial, TrialState
 
-from rum.parameters import flatten
 from rum.train import TrackingConfig
+from rum.tune.provenance import option_text
 from rum.tune.study import REASON, RUNG, is_sound, open_storage
 from rum.tune.tracking import STUDY_TAG, TRIAL_TAG, tracking_uri
 
@@ -135,19 +135,23 @@ def check_books(
         assert set(runs) == {None, *(trial.number for trial in trials)}
         for trial in trials:
             run = runs[trial.number]
+            tags = run.data.tags
+            open_still = trial.state == TrialState.RUNNING
             assert run.info.status == _status(trial), trial
-            assert run.data.tags["rum.reason" if REASON in trial.user_attrs else "rum.state"] == (
-                trial.user_attrs.get(REASON, trial.state.name)
+            assert tags["rum.state"] == ("interrupted" if open_still else trial.state.name)
+            assert tags.get("rum.reason", "") == trial.user_attrs.get(REASON, "")
+            assert tags.get("rum.rung") == (
+                str(trial.user_attrs[RUNG]) if RUNG in trial.user_attrs else None
             )
-            rung = trial.user_attrs.get(RUNG)
-            assert run.data.tags.get("rum.rung") == (None if rung is None else str(rung))
-            key = f"validation/best_{metric}"
-            assert curve_of(output_dir, run, key, uri) == trial.intermediate_values
+            assert curve_of(output_dir, run, f"validation/best_{metric}", uri) == (
+                trial.intermediate_values
+            )
             epochs = sorted(trial.intermediate_values)
-            assert epochs == list(range(1, len(epochs) + 1)), "an epoch is missing"
-            for name, value in flatten(trial.params).items():
+            first = epochs[0] if epochs else 1
+            assert epochs == list(range(first, first + len(epochs))), "an epoch is missing"
+            for name, value in trial.params.items():
                 recorded = run.data.params[name]
-                assert recorded == str(value) or float(recorded) == float(value)
+                assert recorded == option_text(value) or float(recorded) == value
 
     return check_books
 

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
 
+from rum.cells import RUMConfig
 from rum.errors import ConfigError, StudyError
 from rum.experiment import ExperimentConfig, run_experiment
 from rum.parameters import flatten
@@ -35,10 +36,39 @@ from rum.tune.search import run_search
 from rum.tune.space import apply
 from rum.tune.study import Study, open_storage
 
-pytestmark = pytest.mark.usefixtures("local_ray")
+pytestmark = pytest.mark.usefixtures("ray_session")
 
 Make = Callable[..., SearchConfig]
+SPACE = {
+    "model.hidden_size": Domain(type="int", low=4, high=8),
+    "model.eta": Domain(type="categorical", choices=[0.5, 1.0]),
+    "training.learning_rate": Domain(type="float", low=1e-3, high=1e-1, log=True),
+    "training.schedule.name": Domain(type="categorical", choices=["constant", "drop"]),
+    "training.schedule.drop_at": Domain(
+        type="float", low=0.3, high=0.8, when={"training.schedule.name": "drop"}
+    ),
+}
 STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialState.FAIL: "FAILED"}
+
+
+@pytest.fixture
+def small_search(tmp_path: Path) -> Make:
+    """Makes a search of seconds: copying memory, tiny models."""
+
+    def make(**changes: Any) -> SearchConfig:
+        options: dict[str, Any] = {
+            "model": RUMConfig(hidden_size=6),
+            "task": CopyingConfig(delay=3, batch_size=8, steps_per_epoch=5),
+            "training": TrainingConfig(max_epochs=4),
+            "space": SPACE,
+            "scheduler": SchedulerConfig(grace_epochs=1, reduction_factor=2),
+            "search": SearchOptions(num_trials=6),
+            "study": "small",
+            "output_dir": str(tmp_path / "out"),
+        }
+        return SearchConfig(**{**options, **changes})
+
+    return make
 
 
 def trials_of(config: SearchConfig, name: str = "small") -> list[FrozenTrial]:
