@@ -155,9 +155,7 @@ def test_a_misspelt_word_of_a_domain_is_refused() -> None:
 # Samplers, schedulers, presets
 
 
-@pytest.mark.parametrize(
-    ("group", "known"), [("sampler", SAMPLERS), ("scheduler", SCHEDULERS)]
-)
+@pytest.mark.parametrize(("group", "known"), [("sampler", SAMPLERS), ("scheduler", SCHEDULERS)])
 def test_every_sampler_and_scheduler_is_an_option_and_every_option_is_one(
     group: str, known: tuple[str, ...]
 ) -> None:

@@ -1,6 +1,7 @@
 """Text corpora by name: where their files are looked for, and the checks they must pass."""
 
 import hashlib
+import http.client
 import os
 import urllib.request
 from dataclasses import dataclass
@@ -96,20 +97,21 @@ def _cache_folder() -> Path:
 
 
 def _locate_ptb(data_dir: Path | None) -> Path:
-    """Returns the first folder that has any of the files; downloads them if there is none."""
+    """Returns the first folder given that has any of the files, else the cache, filled."""
     roots = [data_dir] if data_dir else []
     if os.environ.get("RUM_DATA_DIR"):
         roots.append(Path(os.environ["RUM_DATA_DIR"]))
     candidates = [root.expanduser() / folder for root in roots for folder in _PTB_FOLDERS]
-    candidates.append(_cache_folder() / "ptb")
     for folder in candidates:
         if any((folder / file.name).exists() for file in PTB_FILES):
             return folder.resolve()
+    cache = _cache_folder() / "ptb"
     try:
         for file in PTB_FILES:
-            _download(file, candidates[-1] / file.name)
-    except OSError as error:  # URLError and time-outs are OSErrors
-        looked = "\n".join(f"  {folder}" for folder in candidates)
+            if not (cache / file.name).exists():
+                _download(file, cache / file.name)
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+        looked = "\n".join(f"  {folder}" for folder in [*candidates, cache])
         raise DataError(
             "Penn Treebank is not here and could not be downloaded.\n"
             f"Looked for {', '.join(file.name for file in PTB_FILES)} in:\n{looked}\n"
@@ -117,7 +119,7 @@ def _locate_ptb(data_dir: Path | None) -> Path:
             "Put the three files (folder simple-examples/data of Mikolov's simple-examples.tgz) "
             "into a folder `ptb` and name its parent with data_dir=... or RUM_DATA_DIR."
         ) from error
-    return candidates[-1].resolve()
+    return cache.resolve()
 
 
 def _download(file: _File, path: Path) -> None:

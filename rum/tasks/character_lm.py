@@ -43,23 +43,18 @@ class CharacterLMTask(Task):
         self.source = corpus.source
         self.checksum = corpus.checksum
         self.embedding_size = config.embedding_size
+        train = corpus.train[: config.train_characters]
+        parts = {"train": train, "validation": corpus.validation, "test": corpus.test}
+        for split, text in parts.items():
+            self._check_fills_window(split, len(text), config.batch_size)
         self.vocabulary = _vocabulary(corpus)
         self.vocab_size = self.num_classes = len(self.vocabulary)
         number = torch.zeros(256, dtype=torch.long)
         number[self.vocabulary] = torch.arange(self.vocab_size)
-        train = corpus.train[: config.train_characters]
-        parts = {"train": train, "validation": corpus.validation, "test": corpus.test}
         self._streams = {
             split: number[torch.frombuffer(bytearray(text), dtype=torch.uint8).long()]
             for split, text in parts.items()
         }
-        for split, stream in self._streams.items():
-            if _num_windows(len(stream), config.batch_size, config.bptt_length) < 1:
-                raise DataError(
-                    f"{split} text of corpus {corpus.name!r} must fill a window of batch_size "
-                    f"{config.batch_size} x (bptt_length {config.bptt_length} + 1) characters, "
-                    f"got {len(stream)}"
-                )
         self.steps_per_epoch = _num_windows(
             len(self._streams["train"]), config.batch_size, config.bptt_length
         )
@@ -69,6 +64,14 @@ class CharacterLMTask(Task):
             f"window {config.bptt_length}, carried state"
         )
 
+    def _check_fills_window(self, split: str, num_symbols: int, batch_size: int) -> None:
+        length = self._config.bptt_length
+        if _num_windows(num_symbols, batch_size, length) < 1:
+            raise DataError(
+                f"{split} text of corpus {self.corpus!r} must fill a window of batch_size "
+                f"{batch_size} x (bptt_length {length} + 1) characters, got {num_symbols}"
+            )
+
     def training_batch(self, step: int) -> Batch:
         """Window `step` modulo the windows of an epoch."""
         return self._window(self._train_rows, step % self.steps_per_epoch)
@@ -77,6 +80,7 @@ class CharacterLMTask(Task):
         """All full windows of a split."""
         stream = self._streams[split]
         size = batch_size or self._config.batch_size
+        self._check_fills_window(split, len(stream), size)
         rows = _rows(stream, size)
         for window in range(_num_windows(len(stream), size, self._config.bptt_length)):
             yield self._window(rows, window)

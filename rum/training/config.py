@@ -36,7 +36,8 @@ class ScheduleConfig:
                 return 1.0
             return 0.05 if 3 * epoch <= 2 * max_epochs else 0.005
         if self.name == "drop":
-            return 1.0 if epoch <= self.drop_at * max_epochs else self.drop_factor
+            # A little more than the product, which may be a little less than the whole number.
+            return 1.0 if epoch <= self.drop_at * max_epochs + 1e-9 else self.drop_factor
         return 1.0
 
 

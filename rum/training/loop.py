@@ -204,6 +204,13 @@ class Trainer:
                     f"{checkpoint.path} was made with other data: {key} was "
                     f"{_short(theirs.get(key))}, is {_short(ours[key])}"
                 )
+        for section, key in (("task", "batch_size"), ("training", "optimizer")):
+            was = description.get("experiment", {}).get(section, {}).get(key)
+            now = self.description["experiment"][section][key]
+            if was != now:
+                raise CheckpointError(
+                    f"{checkpoint.path} was made with {section}.{key} = {was}, now it is {now}"
+                )
         state = load_state(checkpoint, self.config.device)
         try:
             self.model.load_state_dict(state["model"])

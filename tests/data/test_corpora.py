@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import http.client
 import os
 import shutil
 import socket
@@ -235,23 +234,7 @@ def test_a_wrong_download_is_an_error_and_is_not_kept(
     assert f"cache/rum/ptb/{wrong}" not in files_below(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        NAMES[0],
-        *(
-            pytest.param(
-                name,
-                marks=pytest.mark.xfail(
-                    raises=DataError,
-                    strict=True,
-                    reason="the files that did arrive make the cache look like the user's folder",
-                ),
-            )
-            for name in NAMES[1:]
-        ),
-    ],
-)
+@pytest.mark.parametrize("wrong", NAMES)
 def test_a_download_that_failed_half_way_is_completed_next_time(wrong: str, web: Web) -> None:
     content = web.contents.pop(wrong)
     with pytest.raises(DataError):
@@ -262,11 +245,6 @@ def test_a_download_that_failed_half_way_is_completed_next_time(wrong: str, web:
     assert list(parts(load_corpus("ptb")).values()) == list(CONTENTS.values())
 
 
-@pytest.mark.xfail(
-    raises=http.client.IncompleteRead,
-    strict=True,
-    reason="http.client.HTTPException is no OSError",
-)
 def test_a_connection_that_breaks_is_an_error_for_the_user(web: Web, tmp_path: Path) -> None:
     web.promised_too_much = True
 

@@ -247,9 +247,6 @@ def test_evaluation_is_one_pass_over_each_row(
     assert got["accuracy"] == pytest.approx((logits.argmax(-1) == targets).mean(), rel=1e-12)
 
 
-@pytest.mark.xfail(
-    raises=ZeroDivisionError, strict=True, reason="only the training batch size is checked"
-)
 def test_an_evaluation_that_no_window_fits_is_an_error_for_the_user(corpus: str) -> None:
     task = tiny(corpus)  # 101 test bytes: one column in each of the 100 rows
     with pytest.raises(DataError):
@@ -363,9 +360,6 @@ def test_a_text_too_short_is_an_error_with_the_numbers(
         assert word in message
 
 
-@pytest.mark.xfail(
-    raises=ValueError, strict=True, reason="torch.frombuffer comes first and refuses no bytes"
-)
 @pytest.mark.parametrize("size", [0, 10])
 def test_a_text_with_an_empty_part_is_an_error_for_the_user(size: int, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"

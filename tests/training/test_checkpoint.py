@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 import pytest
@@ -51,6 +52,33 @@ def test_what_a_killed_writer_leaves_does_no_harm(tmp_path: Path) -> None:
     assert last is not None
     assert last.description["step"] == 1
     save(store, 1, 1)  # again, over what is there
+
+
+def test_a_save_that_fails_half_way_leaves_what_was_there(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    before = save(store, 1, 1)
+    with pytest.raises((AttributeError, PicklingError)):
+        store.save({"x": lambda: None}, {"step": 2, "best_step": 1})  # cannot be written
+
+    last = store.last()
+    assert last is not None
+    assert last.path == before
+    save(store, 2, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000000002"]
+
+
+def test_a_checkpoint_is_two_files_and_their_checksum(tmp_path: Path) -> None:
+    path = save(CheckpointStore(tmp_path), 7, None)
+
+    assert path == tmp_path / "step_000000007"
+    assert sorted(file.name for file in path.iterdir()) == ["checkpoint.json", "state.pt"]
+    description = json.loads((path / "checkpoint.json").read_text())
+    assert description == {
+        "format_version": 1,
+        "sha256": hashlib.sha256((path / "state.pt").read_bytes()).hexdigest(),
+        "step": 7,
+        "best_step": None,
+    }
 
 
 def flip(path: Path) -> None:

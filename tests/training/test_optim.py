@@ -56,6 +56,17 @@ def test_drop_as_released_is_from_the_182nd_of_200_epochs() -> None:
     assert factors == [1.0] * 181 + [0.1] * 19
 
 
+@pytest.mark.parametrize(
+    ("share", "max_epochs", "at_full_rate"), [(0.29, 100, 29), (0.58, 50, 29), (0.7, 360, 252)]
+)
+def test_drop_is_after_the_share_of_the_epochs(
+    share: float, max_epochs: int, at_full_rate: int
+) -> None:
+    schedule = ScheduleConfig(name="drop", drop_at=share)
+    factors = [schedule.factor(epoch, max_epochs) for epoch in range(1, max_epochs + 1)]
+    assert factors.count(1.0) == at_full_rate
+
+
 def test_constant_is_one() -> None:
     assert {ScheduleConfig().factor(epoch, 10) for epoch in range(1, 11)} == {1.0}
 

@@ -18,7 +18,7 @@ from rum.cells import (
     RUMCellConfig,
     RUMConfig,
 )
-from rum.errors import CheckpointError, DivergedError
+from rum.errors import CheckpointError, DivergedError, RumError
 from rum.experiment import ExperimentConfig, run_experiment
 from rum.tasks import CharacterLMConfig, CopyingConfig, Task, TaskConfig
 from rum.training.checkpoint import CheckpointStore, load_state
@@ -39,8 +39,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def language_task(text: str) -> CharacterLMConfig:
-    return CharacterLMConfig(corpus=text, batch_size=8, bptt_length=20, embedding_size=6)
+def language_task(text: str, **options: int) -> CharacterLMConfig:
+    """Seven updates an epoch."""
+    settings = {"batch_size": 8, "bptt_length": 20, "embedding_size": 6, **options}
+    settings["train_characters"] = settings["batch_size"] * (7 * settings["bptt_length"] + 1)
+    return CharacterLMConfig(corpus=text, **settings)  # type: ignore[arg-type]
 
 
 MODELS: dict[str, ModelConfig] = {
@@ -128,7 +131,7 @@ def test_resumed_training_equals_uninterrupted_training(
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tensorflow"])
 def test_every_optimizer_and_a_schedule_resume_exactly(optimizer: str, tmp_path: Path) -> None:
-    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=10)
+    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5)
     options: dict[str, Any] = {
         "optimizer": optimizer,
         "schedule": ScheduleConfig(name="table6"),
@@ -143,7 +146,7 @@ def test_every_optimizer_and_a_schedule_resume_exactly(optimizer: str, tmp_path:
                 MODELS["rum"],
                 task,
                 tmp_path / "parts",
-                stop_after=13,
+                stop_after=7,
                 **{**options, "checkpoint_seconds": 1e-9},
             )
     train(MODELS["rum"], task, tmp_path / "parts", **options)
@@ -153,44 +156,69 @@ def test_every_optimizer_and_a_schedule_resume_exactly(optimizer: str, tmp_path:
     assert rates == pytest.approx([0.01, 0.01, 0.01, 0.0005, 0.00005, 0.00005])
 
 
+# Says when update `argv[3]` is done (or the checkpoint after it half written), and waits.
 SCRIPT = """
-import sys
+import os, sys
 from pathlib import Path
 from rum.cells import RUMConfig
 from rum.experiment import ExperimentConfig, run_experiment
 from rum.tasks import CopyingConfig
 from rum.training.config import TrainingConfig
 
-task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=40)
+folder, moment, last = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=8)
 config = ExperimentConfig(
     model=RUMConfig(hidden_size=8, zoneout=0.2, dropout=0.1),
     task=task,
-    training=TrainingConfig(max_epochs=3, threads=1, checkpoint_seconds=1e-9),
+    training=TrainingConfig(
+        max_epochs=3, threads=1, checkpoint_seconds=1e-9, learning_rate=0.01, seed=3
+    ),
 )
-run_experiment(config, task.load(seed=0), Path(sys.argv[1]), lambda report: None,
-               on_step=lambda step, total: print(step, flush=True))
+updates = 0
+
+def wait():
+    print("ready", flush=True)
+    sys.stdin.read()
+
+def on_step(step, total):
+    global updates
+    updates += 1
+    if updates == last and moment == "update":
+        wait()
+    if updates == last and moment == "write":
+        os.fsync = lambda file: wait()
+
+run_experiment(config, task.load(seed=3), folder, lambda report: None, on_step=on_step)
 """
 
 
 def test_a_killed_process_resumes_exactly(tmp_path: Path) -> None:
-    def start(folder: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path / folder)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    def kill_at(moment: str, update: int) -> None:
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path / "parts"), moment, str(update)]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            os.kill(process.pid, signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
 
-    whole = start("whole")
-    whole.communicate(timeout=120)
-    for lines in (7, 55):
-        process = start("parts")
-        assert process.stdout is not None
-        for _ in range(lines):
-            process.stdout.readline()
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-        process.stdout.close()
-    last = start("parts")
-    last.communicate(timeout=120)
+    def last_step() -> int:
+        last = CheckpointStore(tmp_path / "parts").last()
+        assert last is not None
+        return int(last.description["step"])
 
-    assert last.returncode == 0
+    kill_at("update", 7)
+    assert last_step() == 6  # the seventh update was not written yet
+    kill_at("write", 9)
+    (half_written,) = (tmp_path / "parts").glob(".partial-*")
+    assert [path.name for path in half_written.iterdir()] == ["state.pt"]
+    assert last_step() == 6 + 8
+
+    model = RUMConfig(hidden_size=8, zoneout=0.2, dropout=0.1)
+    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=8)
+    train(model, task, tmp_path / "parts", max_epochs=3)
+    train(model, task, tmp_path / "whole", max_epochs=3)
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -237,7 +265,7 @@ def test_a_run_that_begins_from_another_keeps_its_training_state(tmp_path: Path)
 
 def test_best_checkpoint_is_that_of_the_best_measured_value(tmp_path: Path) -> None:
     task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5)
-    train(MODELS["rum"], task, tmp_path, max_epochs=6, learning_rate=0.3, max_grad_norm=None)
+    train(MODELS["rum"], task, tmp_path, max_epochs=6, learning_rate=0.6, max_grad_norm=None)
 
     store = CheckpointStore(tmp_path)
     best, last = store.best(), store.last()
@@ -247,7 +275,79 @@ def test_best_checkpoint_is_that_of_the_best_measured_value(tmp_path: Path) -> N
     values = [report["validation/cross_entropy"] for report in last.reports]
     assert best.description["step"] == 5 * (1 + values.index(min(values)))
     assert best.reports[-1]["validation/cross_entropy"] == min(values)
-    assert len(list(tmp_path.iterdir())) == (1 if best.path == last.path else 2)
+    assert best.path != last.path, values  # else this shows nothing
+    assert sorted(tmp_path.iterdir()) == [best.path, last.path]
+
+
+def test_the_best_so_far_survives_an_interruption(tmp_path: Path) -> None:
+    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5)
+    noisy: dict[str, Any] = {"max_epochs": 6, "learning_rate": 0.6, "max_grad_norm": None}
+    train(MODELS["rum"], task, tmp_path / "whole", **noisy)
+    reports, _ = outcome(tmp_path / "whole")
+    values = [report["validation/cross_entropy"] for report in reports]
+    best_epoch = 1 + values.index(min(values))
+    assert best_epoch < 5, values  # else this shows nothing
+
+    with pytest.raises(InterruptedRunError):
+        train(
+            MODELS["rum"],
+            task,
+            tmp_path / "parts",
+            stop_after=5 * best_epoch + 2,
+            checkpoint_seconds=1e-9,
+            **noisy,
+        )
+    train(MODELS["rum"], task, tmp_path / "parts", **noisy)
+
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    for folder in ("whole", "parts"):
+        names = sorted(path.name for path in (tmp_path / folder).iterdir())
+        assert names == [f"step_{5 * best_epoch:09d}", "step_000000030"]
+    best = CheckpointStore(tmp_path / "parts").best()
+    assert best is not None
+    assert best.description["best_value"] == min(values)
+
+
+def test_a_damaged_checkpoint_is_never_trained_over(tmp_path: Path) -> None:
+    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5)
+    train(MODELS["rum"], task, tmp_path)
+    last = CheckpointStore(tmp_path).last()
+    assert last is not None
+    (last.path / "state.pt").write_bytes(b"damaged")
+
+    with pytest.raises(CheckpointError, match="damaged"):
+        train(MODELS["rum"], task, tmp_path, max_epochs=4)
+    assert (last.path / "state.pt").read_bytes() == b"damaged"
+
+
+def test_a_run_cannot_begin_from_another_model(tmp_path: Path) -> None:
+    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5)
+    train(MODELS["rum"], task, tmp_path / "origin")
+    origin = CheckpointStore(tmp_path / "origin").last()
+    other = RUMConfig(hidden_size=8, num_layers=2, layer_norm=True, eta=2.0)  # the same weights
+    config = ExperimentConfig(model=other, task=task, training=TrainingConfig(threads=1))
+
+    with pytest.raises(CheckpointError, match="of model"):
+        run_experiment(config, loaded(task), tmp_path / "new", lambda _: None, begin_from=origin)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("adam", "rmsprop"), ("rmsprop", "adam"), ("adam", "rmsprop_tensorflow")],
+)
+def test_another_optimizer_is_refused(first: str, second: str, tmp_path: Path) -> None:
+    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5)
+    train(MODELS["rum"], task, tmp_path, optimizer=first)
+    with pytest.raises(RumError, match="optimizer"):
+        train(MODELS["rum"], task, tmp_path, optimizer=second, max_epochs=3)
+
+
+def test_another_batch_size_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(InterruptedRunError):
+        train(MODELS["rum"], language_task(text), tmp_path, stop_after=4, checkpoint_seconds=1e-9)
+    with pytest.raises(RumError, match="batch"):  # as many updates an epoch
+        train(MODELS["rum"], language_task(text, batch_size=10), tmp_path)
 
 
 def test_another_model_or_other_data_are_refused(text: str, tmp_path: Path) -> None:
@@ -259,6 +359,8 @@ def test_another_model_or_other_data_are_refused(text: str, tmp_path: Path) -> N
         train(MODELS["rum"], CopyingConfig(delay=4, batch_size=4, steps_per_epoch=5), tmp_path)
     with pytest.raises(CheckpointError, match="other data"):
         train(MODELS["rum"], language_task(text), tmp_path)
+    with pytest.raises(CheckpointError, match="steps_per_epoch was 5, is 6"):
+        train(MODELS["rum"], CopyingConfig(delay=3, batch_size=4, steps_per_epoch=6), tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_training_with_a_reason(tmp_path: Path) -> None:

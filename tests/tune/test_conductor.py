@@ -74,9 +74,7 @@ class Driver:
         client, experiment_id = connect(TrackingConfig(), output_dir)
         self.tracker = Tracker(client, experiment_id, "study", TASK, {}, {"a": 1})
         rungs = Rungs(milestones, 2, "min")
-        self.conductor = Conductor(
-            self.study, BASE, TASK, rungs, self.tracker, self.workplace
-        )
+        self.conductor = Conductor(self.study, BASE, TASK, rungs, self.tracker, self.workplace)
 
     def start(self) -> int:
         spec = self.conductor.next_trial()
@@ -88,7 +86,8 @@ class Driver:
         stop = False
         for report in reports(*values):
             last = report["epoch"] == BASE.training.max_epochs
-            stop = self.conductor.on_message(message(number, report, FINISHED if last else RUNNING))
+            status = FINISHED if last else RUNNING
+            stop = self.conductor.on_message(message(number, report, status))
         return stop
 
     def save_checkpoint(self, number: int, *values: float) -> None:
@@ -265,7 +264,9 @@ def test_a_continued_trial_is_a_child_of_the_run_it_comes_from(
 
 
 def test_the_best_so_far_stands_on_the_parent_by_trials_ended(
-    driver: Callable[..., Driver], curve_of: Callable[..., Any], books: Callable[..., Any],
+    driver: Callable[..., Driver],
+    curve_of: Callable[..., Any],
+    books: Callable[..., Any],
     output_dir: Path,
 ) -> None:
     search = driver()
@@ -302,7 +303,9 @@ def test_an_extended_study_gets_as_many_more(driver: Callable[..., Driver]) -> N
 
 
 def test_an_epoch_that_is_heard_again_is_taken_once(
-    driver: Callable[..., Driver], books: Callable[..., Any], output_dir: Path,
+    driver: Callable[..., Driver],
+    books: Callable[..., Any],
+    output_dir: Path,
     curve_of: Callable[..., Any],
 ) -> None:
     search = driver(milestones=(1,))
@@ -413,7 +416,9 @@ def test_a_trial_that_goes_on_after_all_is_not_ended_by_the_dead_drivers_note(
 
 
 def test_mlflow_gets_the_epochs_of_an_adopted_trial_from_its_checkpoint(
-    driver: Callable[..., Driver], books: Callable[..., Any], output_dir: Path,
+    driver: Callable[..., Driver],
+    books: Callable[..., Any],
+    output_dir: Path,
     curve_of: Callable[..., Any],
 ) -> None:
     first = driver()

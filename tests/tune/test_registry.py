@@ -71,7 +71,8 @@ def test_the_first_model_gets_the_alias(
 def test_a_version_says_what_it_is(client: MlflowClient, offer: Callable[..., Registered]) -> None:
     offer(2.0)
     version = client.get_model_version(NAME, "1")
-    assert {key: version.tags[key] for key in ("metric", "value", "protocol", "data_checksum")} == {
+    names = ("metric", "value", "protocol", "data_checksum")
+    assert {name: version.tags[name] for name in names} == {
         "metric": "cross_entropy",
         "value": "2.0",
         "protocol": COPYING.protocol,
