@@ -6,7 +6,7 @@ python pipelines/train.py task=copying model=rum task.delay=30 model.hidden_size
 import hydra
 from omegaconf import DictConfig
 
-from rum.configs import run_pipeline, to_config
+from rum.configs import reported_errors, run_pipeline, to_config
 from rum.train import train
 from rum.tune.recorder import epoch_recorder
 
@@ -14,7 +14,8 @@ from rum.tune.recorder import epoch_recorder
 @hydra.main(version_base="1.3", config_path="../search_spaces", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Composes, trains, prints."""
-    train(to_config(cfg), print, epoch_recorder)
+    with reported_errors():
+        train(to_config(cfg), print, epoch_recorder)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ python pipelines/tune_ptb.py preset=quick
 import hydra
 from omegaconf import DictConfig
 
-from rum.configs import run_pipeline, to_config
+from rum.configs import reported_errors, run_pipeline, to_config
 from rum.tune.search import run_search
 
 
 @hydra.main(version_base="1.3", config_path="../search_spaces", config_name="tune_ptb")
 def main(cfg: DictConfig) -> None:
     """Composes, searches, prints."""
-    print(run_search(to_config(cfg)))
+    with reported_errors():
+        print(run_search(to_config(cfg)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +52,23 @@ def to_config(cfg: DictConfig) -> Any:
     if "command" in cfg:
         cfg.command = shlex.join(["python", *map(_without_secret, sys.argv)])
     _check_names(cfg, "")
-    for override in HydraConfig.get().overrides.task:
-        name = override.split("=")[0]
-        if name in cfg.get("space", {}):
-            raise ConfigError(
-                f"{name} is searched, so {override} would have no effect. Fix it in the space: "
-                f"'space={{{name}: {{type: categorical, choices: [...]}}}}'"
-            )
+    _check_not_searched(cfg)
     try:
         return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
+
+
+def _check_not_searched(cfg: DictConfig) -> None:
+    """Refuses an override that the space would override in turn."""
+    overrides = list(HydraConfig.get().overrides.task)
+    for override in OverridesParser.create().parse_overrides(overrides):
+        for name in flatten({override.key_or_group: override.value()}):
+            if name in cfg.get("space", {}):
+                raise ConfigError(
+                    f"{name} is searched, so {override.input_line} would have no effect. Fix it "
+                    f"in the space: 'space={{{name}: {{type: categorical, choices: [...]}}}}'"
+                )
 
 
 def _check_names(cfg: DictConfig, prefix: str) -> None:
@@ -85,8 +92,20 @@ def _without_secret(argument: str) -> str:
     return "tracking.uri=***" if argument.startswith("tracking.uri=") else argument
 
 
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Ends the program with the message of what the user can mend, without a traceback.
+
+    Inside of `hydra.main`, since Hydra prints all overrides when an error gets through to it.
+    """
+    try:
+        yield
+    except RumError as error:
+        sys.exit(f"error: {error}")
+
+
 def run_pipeline(main: Callable[[], Any], config_name: str) -> None:
-    """Runs a `hydra.main` function; what the user can mend is printed without a traceback.
+    """Runs a `hydra.main` function; options that Hydra refuses are answered with hints.
 
     Args:
         main: The decorated function.
@@ -94,19 +113,17 @@ def run_pipeline(main: Callable[[], Any], config_name: str) -> None:
     """
     register_configs()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints tracebacks and exits by itself
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        sys.exit(
+            "error: --multirun is not supported: a search samples, schedules and records its "
+            "trials together (pipelines/tune_*.py); independent runs are separate commands"
+        )
     try:
-        if {"-m", "--multirun"} & set(sys.argv[1:]):
-            raise ConfigError(
-                "--multirun is not supported: a search samples, schedules and records its trials "
-                "together (pipelines/tune_*.py); independent runs are separate commands"
-            )
         main()
     except (HydraException, OmegaConfBaseException) as error:
         text = "\n".join(str(e) for e in (error, error.__cause__) if e is not None)
         lines = [line for line in text.splitlines() if "object_type" not in line]
         sys.exit("\n".join(["error: " + "\n".join(lines).strip(), *_hints(config_name)]))
-    except RumError as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -114,9 +131,13 @@ def run_pipeline(main: Callable[[], Any], config_name: str) -> None:
 def _hints(config_name: str) -> list[str]:
     """Names the nearest known option for each override that is not one."""
     root = Path(__file__).parents[1] / "search_spaces"
-    overrides = OverridesParser.create().parse_overrides(
-        [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-    )
+    overrides = []
+    for argument in sys.argv[1:]:
+        try:
+            if not argument.startswith("-"):
+                overrides += OverridesParser.create().parse_overrides([argument])
+        except HydraException:
+            return [f"in: {argument}"]
     groups = [
         o
         for o in overrides

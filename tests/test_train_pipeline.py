@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from rum.cells import MODELS
-from rum.tasks import TASKS
+from rum.cells import MODELS, RUMConfig
+from rum.errors import ConfigError
+from rum.tasks import TASKS, CopyingConfig
+from rum.train import TrainConfig, train
 from rum.training.checkpoint import CheckpointStore
+from rum.training.config import TrainingConfig
+from rum.tune.recorder import epoch_recorder
 
 TRAIN = Path(__file__).parents[1] / "pipelines" / "train.py"
 TINY = (
@@ -55,6 +59,17 @@ def pipeline(folder: Path, *arguments: str, **changes: str) -> subprocess.Comple
         text=True,
         timeout=120,
         check=False,
+    )
+
+
+def tiny_config(output_dir: Path, *, resume: str, max_epochs: int = 2) -> TrainConfig:
+    """What the options TINY mean."""
+    return TrainConfig(
+        model=RUMConfig(hidden_size=8),
+        task=CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5),
+        training=TrainingConfig(max_epochs=max_epochs, threads=1),
+        output_dir=str(output_dir),
+        resume=resume,
     )
 
 
@@ -173,8 +188,9 @@ def test_resume_goes_on_to_more_epochs(finished: Path, first_run: FirstRun) -> N
 
 
 def test_there_is_nothing_to_resume_before_a_first_run(tmp_path: Path) -> None:
-    done = pipeline(tmp_path, *TINY, "resume=yes")
-    assert_user_error(done, str(tmp_path / "outputs" / "runs" / RUN))
+    with pytest.raises(ConfigError, match="has no checkpoint") as error:
+        train(tiny_config(tmp_path, resume="yes"), print, epoch_recorder)
+    assert str(tmp_path / "runs" / RUN) in str(error.value)
     assert everything_below(tmp_path) == []
 
 
@@ -201,12 +217,12 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "Traceback" not in errors
     done_epochs = int(epochs("epoch 2/ \n" + output)[-1]["epoch"])
 
-    more = (f"training.max_epochs={done_epochs + 2}", "resume=yes")
-    done = pipeline(tmp_path, *TINY, *more)
+    lines: list[str] = []
+    resumed = tiny_config(tmp_path / "outputs", resume="yes", max_epochs=done_epochs + 2)
+    train(resumed, lines.append, epoch_recorder)
 
-    assert done.returncode == 0, done.stderr
     # the last epoch may have been on disk when Ctrl-C came, and not yet printed
-    assert [r["epoch"] for r in epochs(done.stdout)] in (
+    assert [report["epoch"] for report in epochs("\n".join(lines))] in (
         [done_epochs + 1, done_epochs + 2],
         [done_epochs + 2],
     )

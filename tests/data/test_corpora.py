@@ -45,6 +45,7 @@ def data_dir() -> Path:
     folder = os.environ.get("RUM_DATA_DIR")
     if not folder:
         pytest.skip("RUM_DATA_DIR is not set: no Penn Treebank here")
+    assert (Path(folder) / "ptb").is_dir(), "RUM_DATA_DIR is set, but there is no Penn Treebank"
     return Path(folder)
 
 

@@ -131,7 +131,7 @@ def test_resumed_training_equals_uninterrupted_training(
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop", "rmsprop_tensorflow"])
 def test_every_optimizer_and_a_schedule_resume_exactly(optimizer: str, tmp_path: Path) -> None:
-    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5)
+    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=3)
     options: dict[str, Any] = {
         "optimizer": optimizer,
         "schedule": ScheduleConfig(name="table6"),
@@ -146,7 +146,7 @@ def test_every_optimizer_and_a_schedule_resume_exactly(optimizer: str, tmp_path:
                 MODELS["rum"],
                 task,
                 tmp_path / "parts",
-                stop_after=7,
+                stop_after=4,
                 **{**options, "checkpoint_seconds": 1e-9},
             )
     train(MODELS["rum"], task, tmp_path / "parts", **options)
