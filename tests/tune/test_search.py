@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import threading
 import time
@@ -52,10 +53,14 @@ STATUS = {TrialState.COMPLETE: "FINISHED", TrialState.PRUNED: "KILLED", TrialSta
 
 
 @pytest.fixture
-def small_search(tmp_path: Path) -> Make:
-    """Makes a search of seconds: copying memory, tiny models."""
+def small_search(tmp_path: Path, mlflow_tables: Path) -> Make:
+    """Makes a search of seconds: copying memory, tiny models, MLflow's tables already there."""
 
-    def make(**changes: Any) -> SearchConfig:
+    def make(*, tables: bool = True, **changes: Any) -> SearchConfig:
+        database = tmp_path / "out" / "mlflow.db"
+        if tables and not database.exists():
+            database.parent.mkdir()
+            shutil.copy(mlflow_tables, database)
         options: dict[str, Any] = {
             "model": RUMConfig(hidden_size=6),
             "task": CopyingConfig(delay=3, batch_size=8, steps_per_epoch=5),
@@ -216,19 +221,20 @@ def test_existing_studies_are_not_mixed_up(small_search: Make) -> None:
 
 
 def test_what_cannot_be_done_is_refused_before_anything_is_written(small_search: Make) -> None:
-    for config, message in (
-        (small_search(search=SearchOptions(disk_reserve_gigabytes=1e9)), "disk"),
-        (small_search(search=SearchOptions(cpus_per_trial=10_000)), "cpus_per_trial"),
-        (small_search(training=TrainingConfig(device="cuda")), "no CUDA device"),
-        (small_search(space={}), "at least one option"),
+    for changes, message in (
+        ({"search": SearchOptions(disk_reserve_gigabytes=1e9)}, "disk"),
+        ({"search": SearchOptions(cpus_per_trial=10_000)}, "cpus_per_trial"),
+        ({"training": TrainingConfig(device="cuda")}, "no CUDA device"),
+        ({"space": {}}, "at least one option"),
     ):
+        config = small_search(tables=False, **changes)
         with pytest.raises(ConfigError, match=message):
             run_search(config)
         assert not list(Path(config.output_dir).rglob("*.db"))
 
 
 def test_a_dry_run_writes_nothing(small_search: Make) -> None:
-    config = small_search(dry_run=True)
+    config = small_search(tables=False, dry_run=True)
 
     assert run_search(config) == "Dry run: nothing was started."
     assert not Path(config.output_dir).exists()
@@ -255,8 +261,11 @@ def test_trials_that_diverge_are_failed_with_a_reason_and_teach_the_sampler(
     assert "trial 0 failed: diverged" in summary
 
 
-def test_no_secret_reaches_trials_or_files(small_search: Make, tmp_path: Path) -> None:
+def test_no_secret_reaches_trials_or_files(
+    small_search: Make, tmp_path: Path, mlflow_tables: Path
+) -> None:
     secret = "hunter2"
+    shutil.copy(mlflow_tables, tmp_path / f"{secret}.db")
     uri = f"sqlite:///{tmp_path}/{secret}.db"
     config = small_search(tracking=TrackingConfig(uri=uri), search=SearchOptions(num_trials=1))
     run_search(config)
