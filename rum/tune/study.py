@@ -38,7 +38,11 @@ def open_storage(output_dir: Path) -> optuna.storages.RDBStorage:
     url = f"sqlite:///{output_dir / 'optuna.db'}"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 30}})
+        with (output_dir / "optuna.lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # two drivers that make the tables disturb each other
+            storage = optuna.storages.RDBStorage(
+                url, engine_kwargs={"connect_args": {"timeout": 30}}
+            )
         # Write-ahead log: a commit survives the death of any process without waiting for the disk.
         sqlalchemy.event.listen(storage.engine, "connect", _use_write_ahead_log)
         storage.engine.dispose()  # connections from before the listener

@@ -476,6 +476,21 @@ def test_a_third_driver_writes_nothing_again(
     assert books(again)[1][0].info.end_time == ended_at
 
 
+@pytest.mark.xfail(
+    strict=True, reason="one damaged checkpoint keeps the whole study from going on, for ever"
+)
+def test_a_damaged_checkpoint_fails_its_trial_and_not_the_search(
+    driver: Callable[..., Driver],
+) -> None:
+    first = driver()
+    first.tell(first.start(), 2.0)
+    first.save_checkpoint(0, 2.0)
+    (state,) = first.workplace.trial_folder(0).rglob("state.pt")
+    state.write_bytes(b"damaged")
+    second = driver()
+    assert [second.start() for _ in range(4)] == [0, 1, 2, 3]  # the worker reports the damage
+
+
 # How it stands
 
 

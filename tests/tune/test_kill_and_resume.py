@@ -2,10 +2,12 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -55,16 +57,18 @@ class Driver:
         return process
 
     def trials(self) -> list[FrozenTrial]:
-        if not (self.folder / "outputs" / "optuna.db").exists():
-            return []
         storage = f"sqlite:///{self.folder}/outputs/optuna.db"
-        try:
-            return optuna.load_study(study_name=STUDY, storage=storage).trials
-        except KeyError:  # not made yet
-            return []
+        return optuna.load_study(study_name=STUDY, storage=storage).trials
 
     def num_epochs(self) -> int:
-        return sum(len(trial.intermediate_values) for trial in self.trials())
+        """Read without Optuna, which would make the tables itself where it finds none."""
+        database = self.folder / "outputs" / "optuna.db"
+        try:
+            with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+                query = "SELECT count(*) FROM trial_intermediate_values"
+                return int(connection.execute(query).fetchone()[0])
+        except sqlite3.OperationalError:  # not made yet
+            return 0
 
     def wait_for_epochs(self, process: subprocess.Popen[str], more_than: int) -> None:
         deadline = time.monotonic() + DEADLINE_SECONDS
