@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -65,9 +66,11 @@ def _check_not_searched(cfg: DictConfig) -> None:
     for override in OverridesParser.create().parse_overrides(overrides):
         for name in flatten({override.key_or_group: override.value()}):
             if name in cfg.get("space", {}):
+                is_categorical = cfg.space[name].type == "categorical"
+                fixed = "choices: [...]" if is_categorical else "low: ..., high: ..."
                 raise ConfigError(
                     f"{name} is searched, so {override.input_line} would have no effect. Fix it "
-                    f"in the space: 'space={{{name}: {{type: categorical, choices: [...]}}}}'"
+                    f"in the space: 'space={{{name}: {{{fixed}}}}}'"
                 )
 
 
@@ -89,7 +92,7 @@ def _check_names(cfg: DictConfig, prefix: str) -> None:
 
 def _without_secret(argument: str) -> str:
     """A tracking URI may hold a password, and commands are printed and recorded."""
-    return "tracking.uri=***" if argument.startswith("tracking.uri=") else argument
+    return re.sub(r"//[^/@\s]+@", "//***@", argument)
 
 
 @contextmanager

@@ -213,7 +213,8 @@ class Conductor:
 
     def interrupt(self) -> None:
         """Marks what is still running as to be gone on with."""
-        for number in self._running:
+        waiting = [t.number for t in self._adopted if self._tracker.known_status(t.number)]
+        for number in [*self._running, *waiting]:
             self._tracker.end_trial(number, INTERRUPTED, {"rum.state": "interrupted"})
 
     # How it stands

@@ -132,7 +132,7 @@ class SearchConfig(ExperimentConfig):
         check_choice("resume", self.resume, ("no", "yes"))
         if self.tracking.name != "mlflow":
             raise ConfigError(
-                f"a search is recorded: tracking must be mlflow, got {self.tracking}"
+                f"a search is recorded: tracking must be mlflow, got {self.tracking.name}"
             )
 
 

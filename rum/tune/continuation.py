@@ -12,11 +12,12 @@ from rum.parameters import nearest, replace, unflatten
 from rum.training.checkpoint import CheckpointStore
 from rum.tune.config import Domain, ResumeConfig, SamplerConfig, SchedulerConfig, SearchConfig
 from rum.tune.messages import Workplace
-from rum.tune.search import conduct, define, output_folder
+from rum.tune.search import check_machine, conduct, define, output_folder
 from rum.tune.study import (
     ORIGIN,
     Study,
     check_definition,
+    claim_folder,
     ensure_study,
     locked,
     open_storage,
@@ -58,6 +59,7 @@ def continue_best(config: ResumeConfig) -> str:
             f"study {config.study} was made on other data: checksum "
             f"{origin_study.definition['data_checksum']}, now {task.checksum}"
         )
+    check_machine(search, task, output_dir)
     client, experiment_id = connect(config.tracking, output_dir)
     definition = define(search, task)
     name = f"{config.study}-to-{search.training.max_epochs}"
@@ -65,10 +67,11 @@ def continue_best(config: ResumeConfig) -> str:
         ensure_study(storage, name, definition)
         study = Study(storage, name, search.space, search.sampler)
         check_definition(study, definition)
+        claim_folder(output_dir / "studies" / name, study)
         queued = {trial.user_attrs[ORIGIN]["trial"] for trial in study.trials()}
         for trial in ranked[: config.top]:
             if trial.number not in queued:
-                run = trial_run(client, experiment_id, config.study, trial.number)
+                run = trial_run(client, experiment_id, config.study, trial.number, origin_study.id)
                 study.enqueue(trial.params, _origin(config, output_dir, trial, run.info.run_id))
         study.target = len(study.trials())
         return conduct(search, study, task, client, experiment_id)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from rum.errors import CheckpointError
 from rum.experiment import check_device, experiment_from_plain, load_model
 from rum.models import count_parameters
 from rum.tasks import CharacterLMConfig, Task
@@ -47,7 +48,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> str:
     splits = list(config.splits)
     recorded: dict[str, float] = {}
     note = ""
-    if "test" in splits and TEST_TAG in run.data.tags and not config.again:
+    if "test" in splits and TEST_TAG in run.data.tags and not (config.again or config.corpus):
         splits.remove("test")
         recorded = {k: v for k, v in run.data.metrics.items() if k.startswith("test/")}
         note = f"\ntest as recorded at {run.data.tags[TEST_TAG]}; again=true repeats it"
@@ -70,6 +71,12 @@ def _metrics(
     config: EvaluateConfig, checkpoint: Checkpoint, splits: list[str]
 ) -> dict[str, float]:
     task = _load_task(config, checkpoint)
+    trained_on = checkpoint.description.get("task", {}).get("checksum")
+    if config.corpus is None and task.checksum != trained_on:
+        raise CheckpointError(
+            f"{checkpoint.path} was made with other data: checksum {trained_on}, here "
+            f"{task.checksum}"
+        )
     model = load_model(checkpoint, task, config.device)
     metrics: dict[str, float] = {"parameters": count_parameters(model)}
     for split in splits:

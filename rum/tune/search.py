@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -30,7 +31,7 @@ from rum.tune.conductor import Conductor
 from rum.tune.config import SearchConfig
 from rum.tune.forecast import check_disk, forecast
 from rum.tune.messages import Workplace
-from rum.tune.provenance import common_tags
+from rum.tune.provenance import common_tags, option_text
 from rum.tune.ray_adapters import ConductedScheduler, ConductedSearcher, ProgressCallback
 from rum.tune.registry import model_name, register
 from rum.tune.results import best_trials, failures
@@ -38,6 +39,7 @@ from rum.tune.space import check_space, space_to_plain
 from rum.tune.study import (
     Study,
     check_definition,
+    claim_folder,
     ensure_study,
     locked,
     open_storage,
@@ -73,20 +75,13 @@ def run_search(config: SearchConfig) -> str:
         InterruptedSearchError: After Ctrl-C.
     """
     config = _located(config)
-    check_device(config.training.device)
     check_space(config, config.space)
     data_dir = Path(config.data_dir).absolute() if config.data_dir else None
     task = config.task.load(seed=config.training.seed, data_dir=data_dir)
     output_dir = output_folder(config.output_dir)
-    if not config.dry_run:
-        _check_writable(output_dir)
-        _check_ray_address()
-    prediction = forecast(config, task, output_dir, _concurrent(config, os.cpu_count() or 1))
-    _say(f"Corpus: {task.corpus} ({task.source}); {task.protocol}")
-    _say(str(prediction))
+    check_machine(config, task, output_dir)
     if config.dry_run:
         return "Dry run: nothing was started."
-    check_disk(prediction, config.search.disk_reserve_gigabytes)
 
     client, experiment_id = connect(config.tracking, output_dir)
     storage = open_storage(output_dir)
@@ -96,8 +91,22 @@ def run_search(config: SearchConfig) -> str:
         ensure_study(storage, name, definition)
         study = Study(storage, name, config.space, config.sampler)
         check_definition(study, definition)
+        claim_folder(output_dir / "studies" / name, study)
         _say(_set_target(study, config))
         return conduct(config, study, task, client, experiment_id)
+
+
+def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> None:
+    """Says what the search will cost, and raises ConfigError if it cannot run here."""
+    check_device(config.training.device)
+    if not config.dry_run:
+        _check_writable(output_dir)
+        _check_ray_address()
+    prediction = forecast(config, task, output_dir, _concurrent(config, os.cpu_count() or 1))
+    _say(f"Corpus: {task.corpus} ({task.source}); {task.protocol}")
+    _say(str(prediction))
+    if not config.dry_run:
+        check_disk(prediction, config.search.disk_reserve_gigabytes)
 
 
 def _located(config: SearchConfig) -> SearchConfig:
@@ -164,7 +173,7 @@ def _set_target(study: Study, config: SearchConfig) -> str:
     if before == 0:
         study.target = asked
         return f"Study {study.name}: {asked} trials."
-    if ended < before and config.resume == "yes":
+    if config.resume == "yes" and not (ended >= before and study.is_concluded):
         study.target = max(before, asked)
         return f"Study {study.name} goes on: {ended} of {study.target} trials have ended."
     study.target = before + asked
@@ -198,6 +207,7 @@ def conduct(
     base = ExperimentConfig(model=config.model, task=config.task, training=config.training)
     folder = output_dir / "studies" / study.name
     workplace = Workplace(dataclasses.asdict(base), str(folder), config.data_dir)
+    # From here on the study's id, not its name, says which runs are its own.
     tracker = Tracker(
         client,
         experiment_id,
@@ -207,11 +217,13 @@ def conduct(
         flatten(
             {"search": config.search, "sampler": config.sampler, "scheduler": config.scheduler}
         ),
+        study_id=study.id,
     )
     tracker.log_text(json.dumps(study.definition, indent=1), "definition.json")
-    conductor = Conductor(study, base, task, _rungs(config, study.mode), tracker, workplace)
     status = INTERRUPTED
+    conductor = None
     try:
+        conductor = Conductor(study, base, task, _rungs(config, study.mode), tracker, workplace)
         if conductor.num_open:
             with _ray(config) as cpus:
                 _fit(config, conductor, workplace, folder, _concurrent(config, cpus))
@@ -225,8 +237,11 @@ def conduct(
                 registered = register(client, run_id, checkpoint, task, config.task.name)
                 _say(f"Model {registered.message}")
     finally:
-        conductor.interrupt()
+        if conductor is not None:
+            conductor.interrupt()
         tracker.close(status)
+    if not conductor.num_open:
+        study.conclude()
     parts = [best_trials(study, task), *failures(study), "", _next_commands(config, study, task)]
     summary = "\n".join(parts)
     if conductor.num_open:
@@ -348,15 +363,30 @@ def _fit(
     shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _resume_command(config: SearchConfig, study: Study) -> str:
+    """The command that goes on with this very study."""
+    words = shlex.split(config.command)
+    if any(word.endswith("resume.py") for word in words):
+        return config.command  # repeating it goes on
+    dropped = ("study=", "study_exists=", "resume=")
+    kept = [word for word in words if not word.startswith(dropped)]
+    return shlex.join([*kept, f"study={study.name}", "resume=yes"])
+
+
 def _next_commands(config: SearchConfig, study: Study, task: Task) -> str:
     output_dir = output_folder(config.output_dir)
     uri = tracking_uri(config.tracking, output_dir)
-    where = "" if config.output_dir == "outputs" else f" output_dir={config.output_dir}"
-    again = config.command if config.resume == "yes" else f"{config.command} resume=yes"
+    options = {"output_dir": config.output_dir, "data_dir": config.data_dir}
+    where = "".join(
+        " " + shlex.quote(f"{name}={option_text(value)}")
+        for name, value in options.items()
+        if value not in (None, "outputs")
+    )
+    again = _resume_command(config, study)
     more = 2 * config.training.max_epochs
     lines = ["Next:"]
     if uri.startswith("sqlite:"):
-        lines.append(f"  look at the runs     mlflow ui --backend-store-uri {uri}")
+        lines.append(f"  look at the runs     mlflow ui --backend-store-uri {shlex.quote(uri)}")
     else:
         lines.append("  look at the runs     in the MLflow server of MLFLOW_TRACKING_URI")
     lines += [

@@ -1,5 +1,6 @@
 """A single training run in MLflow."""
 
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -32,6 +33,7 @@ def record_run(config: TrainConfig) -> Iterator[Callable[[Report], None]]:
         task,
         {**common_tags(task, config.task.name), **trial_tags(config)},
         flatten(plain),
+        study_id=_own_id(folder, is_resumed=config.resume == "yes"),
     )
     last = CheckpointStore(folder).last()
     for report in last.reports if last and config.resume == "yes" else []:
@@ -40,8 +42,19 @@ def record_run(config: TrainConfig) -> Iterator[Callable[[Report], None]]:
     try:
         yield lambda report: tracker.log_report(None, report)
         status = FINISHED
-    except DivergedError:
+    except Exception as error:
         status = FAILED
+        kind = "diverged" if isinstance(error, DivergedError) else "crashed"
+        tracker.end_trial(None, FAILED, {"rum.reason": f"{kind}: {error}"})
         raise
     finally:
         tracker.close(status)
+
+
+def _own_id(folder: Path, *, is_resumed: bool) -> str:
+    """Tells the run from earlier ones in a folder of the same name."""
+    path = folder / "run_id"
+    if not (is_resumed and path.exists()):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text()

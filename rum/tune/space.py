@@ -5,12 +5,6 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 
 from rum.errors import ConfigError
 from rum.experiment import ExperimentConfig
@@ -107,16 +101,6 @@ def _conditions(where: str, domain: Domain, seen: Space) -> dict[str, Any]:
         if choices is None or value not in choices:
             raise ConfigError(f"{where}: when {name} = {value!r}, which is none of {choices}")
     return dict(domain.when or {})
-
-
-def distribution(domain: Domain) -> BaseDistribution:
-    """A checked domain as Optuna's distribution."""
-    if domain.choices is not None:
-        return CategoricalDistribution(domain.choices)
-    low, high = _extremes(domain)
-    if domain.type == "int":
-        return IntDistribution(low, high, log=domain.log, step=int(domain.step or 1))
-    return FloatDistribution(low, high, log=domain.log, step=domain.step)
 
 
 def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:

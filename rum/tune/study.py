@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,9 @@ from rum.tune.space import Space, differences, suggest
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
+ID = "rum.id"
 DEFINITION = "rum.definition"
+CONCLUDED = "rum.concluded"
 TARGET = "rum.target"
 REASON = "rum.reason"
 RUNG = "rum.rung"
@@ -86,6 +89,16 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def claim_folder(folder: Path, study: "Study") -> None:
+    """Moves away trials that another study of the same name left (its records were deleted)."""
+    marker = folder / "study_id"
+    owner = marker.read_text() if marker.exists() else "unknown"
+    trials = folder / "trials"
+    if owner != study.id and trials.exists():
+        trials.rename(folder / f"trials-of-{owner[:8]}-before-{study.id[:8]}")
+    marker.write_text(study.id)
+
+
 def build_sampler(config: SamplerConfig, number: int) -> BaseSampler:
     """The sampler for trial `number`: its randomness comes from the seed and that number alone."""
     seed = derive_seed(config.seed, "sampler", number) % 2**32
@@ -132,8 +145,22 @@ class Study:
         self._study.set_user_attr(TARGET, value)
 
     @property
+    def id(self) -> str:
+        """Tells this study from others of its name, elsewhere or earlier."""
+        return str(self._study.user_attrs[ID])
+
+    @property
+    def is_concluded(self) -> bool:
+        """Whether the last driver got to the end: best model registered, all recorded."""
+        return bool(self._study.user_attrs.get(CONCLUDED) == self.target)
+
+    def conclude(self) -> None:
+        """Records that nothing is left to do for the present target."""
+        self._study.set_user_attr(CONCLUDED, self.target)
+
+    @property
     def definition(self) -> dict[str, Any]:
-        """What the study was made with: `space`, `experiment`, `mode`."""
+        """What the study was made with: `space`, `experiment`, `data_checksum`, `mode`."""
         definition: dict[str, Any] = self._study.user_attrs[DEFINITION]
         return definition
 
@@ -204,6 +231,7 @@ def ensure_study(
         study_name=name, storage=storage, direction=direction, load_if_exists=True
     )
     if DEFINITION not in study.user_attrs:
+        study.set_user_attr(ID, uuid.uuid4().hex)
         study.set_user_attr(TARGET, 0)
         study.set_user_attr(DEFINITION, definition)
 

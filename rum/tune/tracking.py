@@ -2,7 +2,7 @@
 
 MLflow shows what Optuna's study and the trials' checkpoints hold. Everything here can be done
 again without harm: runs are found by tag before they are made, points are written only where
-they are missing. A driver that died is caught up with by `Tracker.catch_up`.
+they are missing. A driver that died is caught up with by the conductor.
 """
 
 import logging
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # says how it makes tables
 
 STUDY_TAG = "rum.study"
+STUDY_ID_TAG = "rum.study_id"
 TRIAL_TAG = "rum.trial"
 PARENT_TAG = "mlflow.parentRunId"
 
@@ -68,7 +69,7 @@ def connect(config: TrackingConfig, output_dir: Path) -> tuple[MlflowClient, str
     threading.Thread(target=open_store, daemon=True).start()
     shown = _without_password(uri)
     # A local database may take longer the first time, when its tables are made.
-    seconds = CONNECT_SECONDS if uri.startswith(("http:", "https:")) else None
+    seconds = None if uri.startswith(("sqlite:", "file:", "/")) else CONNECT_SECONDS
     try:
         result = answer.get(timeout=seconds)
     except queue.Empty:
@@ -118,6 +119,7 @@ class Tracker:
         task: Task,
         tags: Mapping[str, str],
         parameters: Mapping[str, Any],
+        study_id: str = "",
     ) -> None:
         """Finds or makes the parent run.
 
@@ -128,7 +130,9 @@ class Tracker:
             task: Its data set goes into every run.
             tags: Of every run.
             parameters: Of the parent run.
+            study_id: Tells the study from others of its name that record here too.
         """
+        self._study_id = study_id
         self.client = client
         self._experiment_id = experiment_id
         self._study = study
@@ -150,7 +154,7 @@ class Tracker:
         while True:
             page = self.client.search_runs(
                 [self._experiment_id],
-                f'tags.`{STUDY_TAG}` = "{self._study}"',
+                study_filter(self._study, self._study_id),
                 max_results=1000,
                 page_token=token,
             )
@@ -179,7 +183,12 @@ class Tracker:
             run = self.client.create_run(
                 self._experiment_id,
                 run_name=name,
-                tags={**self._tags, STUDY_TAG: self._study, **tags},
+                tags={
+                    **self._tags,
+                    STUDY_TAG: self._study,
+                    STUDY_ID_TAG: self._study_id,
+                    **tags,
+                },
             )
             run_id = str(run.info.run_id)
         if not parameters:
@@ -281,8 +290,8 @@ class Tracker:
 
         self._enqueue(job)
 
-    def end_trial(self, number: int, status: str, tags: Mapping[str, str]) -> None:
-        """Sets the final status of a trial's run."""
+    def end_trial(self, number: int | None, status: str, tags: Mapping[str, str]) -> None:
+        """Sets the final status of a trial's run (None: the parent's)."""
 
         def job() -> None:
             run_id = self.run_id(number)
@@ -318,13 +327,21 @@ def ended(status: str | None) -> bool:
     return status in (FINISHED, FAILED, KILLED)
 
 
-def trial_run(client: MlflowClient, experiment_id: str, study: str, number: int) -> Run:
+def study_filter(study: str, study_id: str) -> str:
+    """The search for a study's runs."""
+    by_name = f'tags.`{STUDY_TAG}` = "{study}"'
+    return f'{by_name} and tags.`{STUDY_ID_TAG}` = "{study_id}"' if study_id else by_name
+
+
+def trial_run(
+    client: MlflowClient, experiment_id: str, study: str, number: int, study_id: str = ""
+) -> Run:
     """The run of a study's trial.
 
     Raises:
         TrackingError: If there is none.
     """
-    where = f'tags.`{STUDY_TAG}` = "{study}" and tags.`{TRIAL_TAG}` = "{number}"'
+    where = f'{study_filter(study, study_id)} and tags.`{TRIAL_TAG}` = "{number}"'
     try:
         runs = client.search_runs([experiment_id], where, max_results=1)
     except MlflowException as error:
