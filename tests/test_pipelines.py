@@ -221,7 +221,7 @@ def test_an_unknown_preset_is_refused_with_those_there_are(outcomes: Outcomes) -
 def test_an_option_that_is_searched_cannot_be_set_as_well(outcomes: Outcomes) -> None:
     error = outcomes["searched option"].error
     assert "model.hidden_size is searched, so model.hidden_size=64 would have no effect" in error
-    assert "'space={model.hidden_size: {type: categorical, choices: [...]}}'" in error
+    assert "'space={model.hidden_size: {low: ..., high: ...}}'" in error
 
 
 @pytest.mark.parametrize("name", ["searched option, forced", "searched option in its section"])

@@ -40,7 +40,7 @@ def evaluate_checkpoint(config: EvaluateConfig) -> str:
     from rum.tune.registry import fetch
     from rum.tune.tracking import connect, tracking_uri
 
-    output_dir = Path(config.output_dir).absolute()
+    output_dir = Path(config.output_dir).expanduser().absolute()
     client, _ = connect(config.tracking, output_dir)
     fetched = fetch(client, config.checkpoint, tracking_uri(config.tracking, output_dir))
     run = client.get_run(fetched.run_id)

@@ -214,7 +214,8 @@ class Tracker:
                     job()
                 except Exception as error:  # noqa: BLE001  # raised by flush, in the driver
                     self._error = error
-                    logger.error("MLflow stopped taking records: %s", error)
+                    reason = _without_password(str(error))
+                    logger.error("MLflow stopped taking records: %s", reason)
 
     def _enqueue(self, job: Callable[[], None]) -> None:
         self._queue.put(job)
@@ -231,9 +232,9 @@ class Tracker:
             pass
         if self._error is not None:
             raise TrackingError(
-                f"MLflow stopped taking records: {self._error}. Nothing is lost: the study and "
-                "the checkpoints have them, and resume=yes writes what is missing"
-            ) from self._error
+                f"MLflow stopped taking records: {_without_password(str(self._error))}. Nothing is "
+                "lost: the study and the checkpoints have them, and resume=yes writes what is missing"
+            ) from None
 
     def close(self, status: str) -> None:
         """Ends the parent run, waits for all records, and stops the thread."""

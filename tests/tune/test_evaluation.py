@@ -168,9 +168,6 @@ def test_another_corpus_gives_its_own_numbers_and_is_not_recorded(
     assert metrics[HEADLINE] != evaluate(best(trained[0]))[HEADLINE]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="shows the recorded numbers of the model's own corpus instead"
-)
 def test_another_corpus_gives_its_own_numbers_after_test_was_recorded(
     trained: tuple[Path, float],
     registered: tuple[str, MlflowClient, str],
@@ -211,7 +208,6 @@ def test_a_damaged_checkpoint_is_refused(
         evaluate(copy)
 
 
-@pytest.mark.xfail(strict=True, reason="searches expand ~ in output_dir, evaluation does not")
 def test_the_home_folder_may_be_written_as_a_tilde(
     registered: tuple[str, MlflowClient, str],
     output_dir: Path,

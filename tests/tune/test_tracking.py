@@ -409,7 +409,6 @@ def test_after_an_error_nothing_more_is_written_and_calls_still_return(
         trial_run(client, experiment_id, "study", 0)
 
 
-@pytest.mark.xfail(strict=True, reason="MLflow's own message, which is passed on, holds the URI")
 def test_an_error_while_writing_does_not_name_the_password(
     output_dir: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
