@@ -231,9 +231,10 @@ class Tracker:
         while not done.wait(0.1) and self._error is None and self._thread.is_alive():
             pass
         if self._error is not None:
+            reason = _without_password(str(self._error))
             raise TrackingError(
-                f"MLflow stopped taking records: {_without_password(str(self._error))}. Nothing is "
-                "lost: the study and the checkpoints have them, and resume=yes writes what is missing"
+                f"MLflow stopped taking records: {reason}. Nothing is lost: the study and the "
+                "checkpoints have them, and resume=yes writes what is missing"
             ) from None
 
     def close(self, status: str) -> None:
