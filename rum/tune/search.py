@@ -39,6 +39,7 @@ from rum.tune.space import check_space, space_to_plain
 from rum.tune.study import (
     Study,
     check_definition,
+    check_unlocked,
     claim_folder,
     ensure_study,
     locked,
@@ -83,15 +84,19 @@ def run_search(config: SearchConfig) -> str:
     if config.dry_run:
         return "Dry run: nothing was started."
 
+    folders = output_dir / "studies"
+    if config.resume == "yes" or config.study_exists != "new":
+        # Before any database: the other driver may have been stopped while it was writing to one.
+        check_unlocked(folders / _default_name(config, task))
     client, experiment_id = connect(config.tracking, output_dir)
     storage = open_storage(output_dir)
     definition = define(config, task)
     name = _study_name(config, task, storage)
-    with locked(output_dir / "studies" / name):
+    with locked(folders / name):
         ensure_study(storage, name, definition)
         study = Study(storage, name, config.space, config.sampler)
         check_definition(study, definition)
-        claim_folder(output_dir / "studies" / name, study)
+        claim_folder(folders / name, study)
         _say(_set_target(study, config))
         return conduct(config, study, task, client, experiment_id)
 
@@ -143,10 +148,14 @@ def define(config: SearchConfig, task: Task) -> dict[str, Any]:
     }
 
 
+def _default_name(config: SearchConfig, task: Task) -> str:
+    suffix = "" if config.preset == "full" else f"-{config.preset}"
+    return config.study or f"{task_slug(task, config.task.name)}-{config.model.name}{suffix}"
+
+
 def _study_name(config: SearchConfig, task: Task, storage: RDBStorage) -> str:
     existing = study_names(storage)
-    suffix = "" if config.preset == "full" else f"-{config.preset}"
-    name = config.study or f"{task_slug(task, config.task.name)}-{config.model.name}{suffix}"
+    name = _default_name(config, task)
     if config.resume == "yes" and name not in existing:
         known = ", ".join(existing) or "none"
         raise StudyError(

@@ -89,6 +89,13 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def check_unlocked(folder: Path) -> None:
+    """Raises StudyError if another driver holds a study's lock, without making the folder."""
+    if (folder / "lock.json").exists():
+        with locked(folder):
+            pass
+
+
 def claim_folder(folder: Path, study: "Study") -> None:
     """Moves away trials that another study of the same name left (its records were deleted)."""
     marker = folder / "study_id"

@@ -164,6 +164,16 @@ def test_a_trial_stopped_at_a_rung(
     assert trials[good].state == TrialState.RUNNING
 
 
+def test_a_trial_is_not_stopped_after_its_last_epoch(
+    driver: Callable[..., Driver], books: Callable[..., Any]
+) -> None:
+    search = driver(milestones=(4,))
+    for value in (1.0, 2.0):
+        assert search.tell(search.start(), value, value, value, value) is False
+    trials, _ = books(search)
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 2
+
+
 def test_a_diverged_trial_keeps_its_values_and_is_not_ranked(
     driver: Callable[..., Driver], books: Callable[..., Any]
 ) -> None:
@@ -289,6 +299,18 @@ def test_trials_are_handed_out_up_to_the_target(driver: Callable[..., Driver]) -
     search.conductor.on_message(end(1, CRASHED, "crashed: x"))
     assert (search.conductor.num_open, search.conductor.num_ended) == (0, 2)
     assert search.conductor.next_trial() is None
+
+
+def test_queued_trials_count_as_part_of_the_target(driver: Callable[..., Driver]) -> None:
+    first = driver()
+    parameters = {"model.hidden_size": 8, "training.learning_rate": 0.01}
+    for trial in range(2):
+        origin = {"study": "other", "trial": trial, "run_id": "0123", "checkpoint": "/c"}
+        first.study.enqueue(parameters, origin)
+    second = driver(target=2)
+    specs = [second.conductor.next_trial() for _ in range(3)]
+    assert [spec.origin["trial"] for spec in specs[:2]] == [0, 1]
+    assert specs[2] is None
 
 
 def test_an_extended_study_gets_as_many_more(driver: Callable[..., Driver]) -> None:

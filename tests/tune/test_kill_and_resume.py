@@ -1,6 +1,7 @@
 """A search whose driver is killed goes on; a second driver waits; Ctrl-C is clean."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -34,7 +35,7 @@ class Driver:
             sys.executable,
             str(PIPELINE),
             "preset=quick",
-            "task.train_characters=60000",
+            "task.train_characters=20000",
             f"search.num_trials={NUM_TRIALS}",
             "space={model.lambda_: {choices: [0]}}",
             *overrides,
@@ -87,7 +88,9 @@ class Driver:
 
 
 @pytest.fixture
-def driver(tmp_path: Path) -> Iterator[Driver]:
+def driver(tmp_path: Path, mlflow_tables: Path) -> Iterator[Driver]:
+    (tmp_path / "outputs").mkdir()
+    shutil.copy(mlflow_tables, tmp_path / "outputs" / "mlflow.db")  # making it takes seconds
     driver = Driver(tmp_path)
     yield driver
     for process in driver.started:

@@ -37,6 +37,9 @@ EXPERIMENTS = {
             max_grad_norm=None,
         ),
     ),
+    "a file with backslashes": ExperimentConfig(
+        model=RUMConfig(), task=CharacterLMConfig(corpus="/tmp/a\\b\\'c\\.txt")
+    ),
     "a file with blanks and quotes": ExperimentConfig(
         model=LSTMConfig(layer_norm=True),
         task=CharacterLMConfig(corpus='/tmp/it\'s, my "text" (1) = {x}.txt'),
@@ -44,7 +47,21 @@ EXPERIMENTS = {
 }
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        pytest.param(
+            experiment,
+            id=name,
+            marks=pytest.mark.xfail(
+                "backslashes" in name,
+                strict=True,
+                reason="Hydra wants only backslashes before a quote doubled, not all",
+            ),
+        )
+        for name, experiment in EXPERIMENTS.items()
+    ],
+)
 def test_the_command_of_a_run_composes_to_the_same_experiment(
     experiment: ExperimentConfig,
 ) -> None:

@@ -1,6 +1,7 @@
 """The registry: whose checkpoint has the alias `best`, and getting it back byte by byte."""
 
 import hashlib
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,8 +179,10 @@ def test_fetch_gives_the_same_bytes_and_the_run(
     offer: Callable[..., Registered],
     output_dir: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     reference: str,
 ) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     offer(2.0)
     uri = tracking_uri(TrackingConfig(), output_dir)
     fetched = fetch(client, f"models:/{NAME}{reference}", uri)
