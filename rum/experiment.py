@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from rum.cells import MODELS, ModelConfig
+from rum.cells import MODELS, ModelConfig, StoryLayout
 from rum.errors import CheckpointError, ConfigError
-from rum.models import SequenceModel, build_on_meta, count_parameters
+from rum.models import ModelSizes, build_model, build_on_meta, count_parameters
 from rum.parameters import from_plain
 from rum.tasks import TASKS, Task, TaskConfig
 from rum.training.checkpoint import Checkpoint, CheckpointStore, load_state
@@ -45,19 +46,21 @@ def experiment_from_plain(plain: Mapping[str, Any]) -> ExperimentConfig:
     return ExperimentConfig(model=sections["model"], task=sections["task"], training=training)
 
 
-def model_sizes(task: Task) -> dict[str, Any]:
-    """What `SequenceModel` needs to know of a task."""
-    return {
-        "vocab_size": task.vocab_size,
-        "num_classes": task.num_classes,
-        "embedding_size": task.embedding_size,
-        "orthogonal": task.orthogonal,
-    }
+def model_sizes(task: Task) -> ModelSizes:
+    """What a model needs to know of a task."""
+    return ModelSizes(
+        vocab_size=task.vocab_size,
+        num_classes=task.num_classes,
+        embedding_size=task.embedding_size,
+        initialization=task.initialization,
+        answers_last=task.answers_last,
+        story=None if task.story is None else StoryLayout(*task.story),
+    )
 
 
 def parameter_count(config: ModelConfig, task: Task) -> int:
     """Number of trainable scalars, computed without building the weights."""
-    return count_parameters(build_on_meta(config, **model_sizes(task)))
+    return count_parameters(build_on_meta(config, model_sizes(task)))
 
 
 def check_device(device: str) -> None:
@@ -94,7 +97,7 @@ def run_experiment(
         torch.set_num_threads(config.training.threads)
     random.seed(config.training.seed)
     torch.manual_seed(config.training.seed)
-    model = SequenceModel(config.model, **model_sizes(task))
+    model = build_model(config.model, model_sizes(task))
     store = CheckpointStore(folder)
     trainer = Trainer(model, task, config.training, store, describe(config, task))
     checkpoint = store.last()
@@ -133,7 +136,7 @@ def _check_same_model(config: ExperimentConfig, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.path} is of model {theirs}, expected {ours}")
 
 
-def load_model(checkpoint: Checkpoint, task: Task, device: str) -> SequenceModel:
+def load_model(checkpoint: Checkpoint, task: Task, device: str) -> nn.Module:
     """Builds the model of a checkpoint with its weights.
 
     Raises:
@@ -146,7 +149,7 @@ def load_model(checkpoint: Checkpoint, task: Task, device: str) -> SequenceModel
             f"{described.get('task', {}).get('corpus')!r} with other symbols than {task.corpus!r}"
         )
     config = experiment_from_plain(described["experiment"])
-    model = SequenceModel(config.model, **model_sizes(task))
+    model = build_model(config.model, model_sizes(task))
     try:
         model.load_state_dict(load_state(checkpoint, device)["model"])
     except (KeyError, RuntimeError) as error:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from rum.cells import (
     RUMCellConfig,
     RUMConfig,
 )
-from rum.models import SequenceModel, build_on_meta, count_parameters
+from rum.models import ModelSizes, SequenceModel, build_on_meta, count_parameters
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,6 +56,12 @@ def fs_lstm(fast: int, slow: int, num_fast_cells: int) -> FSLSTMConfig:
 
 
 # counted by hand in the specification; without and with the bias of the embedded input
+PENN_TREEBANK_SIZES = ModelSizes(
+    vocab_size=50, num_classes=50, embedding_size=128, initialization="orthogonal"
+)
+COPYING_SIZES = ModelSizes(
+    vocab_size=10, num_classes=9, embedding_size=None, initialization="uniform"
+)
 PENN_TREEBANK = [
     ("RUM 2000", lambda bias: penn_treebank_rum(2000, 1, bias), 8_890_450, 8_892_450),
     ("2xRUM 1500", lambda bias: penn_treebank_rum(1500, 2, bias), 16_431_450, 16_434_450),
@@ -80,32 +85,21 @@ PENN_TREEBANK = [
     ],
 )
 def test_penn_treebank_models_have_the_published_size(config: ModelConfig, expected: int) -> None:
-    model = build_on_meta(
-        config, vocab_size=50, num_classes=50, embedding_size=128, orthogonal=True
-    )
+    model = build_on_meta(config, PENN_TREEBANK_SIZES)
 
     assert count_parameters(model) == expected
 
 
 def test_rum_2000_without_layer_norm_has_six_vectors_less() -> None:
     config = RUMConfig(hidden_size=2000, embedding_bias=False)
-    model = build_on_meta(
-        config, vocab_size=50, num_classes=50, embedding_size=128, orthogonal=True
-    )
+    model = build_on_meta(config, PENN_TREEBANK_SIZES)
 
     assert count_parameters(model) == 8_878_450
 
 
 def test_default_fs_rum_and_fs_lstm_are_those_of_the_paper() -> None:
-    sizes: dict[str, Any] = {
-        "vocab_size": 50,
-        "num_classes": 50,
-        "embedding_size": 128,
-        "orthogonal": True,
-    }
-
-    assert count_parameters(build_on_meta(FSRUMConfig(), **sizes)) == 11_248_450
-    assert count_parameters(build_on_meta(FSLSTMConfig(), **sizes)) == 7_225_050
+    assert count_parameters(build_on_meta(FSRUMConfig(), PENN_TREEBANK_SIZES)) == 11_248_450
+    assert count_parameters(build_on_meta(FSLSTMConfig(), PENN_TREEBANK_SIZES)) == 7_225_050
 
 
 @pytest.mark.parametrize(
@@ -118,9 +112,7 @@ def test_default_fs_rum_and_fs_lstm_are_those_of_the_paper() -> None:
     ],
 )
 def test_copying_models_have_the_specified_size(config: ModelConfig, expected: int) -> None:
-    model = build_on_meta(
-        config, vocab_size=10, num_classes=9, embedding_size=None, orthogonal=False
-    )
+    model = build_on_meta(config, COPYING_SIZES)
 
     assert count_parameters(model) == expected
 
@@ -143,9 +135,7 @@ def test_count_leaves_frozen_parameters_out() -> None:
 
 
 def test_build_on_meta_makes_no_values() -> None:
-    model = build_on_meta(
-        LSTMConfig(), vocab_size=10, num_classes=9, embedding_size=None, orthogonal=False
-    )
+    model = build_on_meta(LSTMConfig(), COPYING_SIZES)
 
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert torch.empty(1).device.type == "cpu"
@@ -155,7 +145,7 @@ def small_model(
     config: ModelConfig | None = None,
     *,
     embedding_size: int | None = 6,
-    orthogonal: bool = True,
+    initialization: str = "orthogonal",
     num_classes: int = 4,
 ) -> SequenceModel:
     torch.manual_seed(1)
@@ -164,7 +154,7 @@ def small_model(
         vocab_size=5,
         num_classes=num_classes,
         embedding_size=embedding_size,
-        orthogonal=orthogonal,
+        initialization=initialization,
     )
 
 
@@ -201,7 +191,7 @@ def test_synthetic_readout_is_uniform_by_input_and_class_counts_with_bias_one_hu
         vocab_size=10,
         num_classes=9,
         embedding_size=None,
-        orthogonal=False,
+        initialization="uniform",
     )
 
     weight = model.readout.weight.detach()
@@ -218,7 +208,7 @@ def test_synthetic_readout_counts_symbols_and_not_features_of_the_embedding() ->
         vocab_size=30,
         num_classes=20,
         embedding_size=2,
-        orthogonal=False,
+        initialization="uniform",
     )
 
     bound = math.sqrt(6 / (30 + 20))

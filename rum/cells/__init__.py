@@ -1,6 +1,16 @@
 """Recurrent cells, their configurations and the registry of models."""
 
-from rum.cells.base import MODELS, Cell, CellConfig, ModelConfig, State, register_model
+from rum.cells.base import (
+    MODELS,
+    Cell,
+    CellConfig,
+    ModelConfig,
+    StackConfig,
+    State,
+    StoryLayout,
+    WholeConfig,
+    register_model,
+)
 from rum.cells.fast_slow import FastSlowCell, FastSlowConfig, FSLSTMConfig, FSRUMConfig
 from rum.cells.lstm import LSTMCell, LSTMCellConfig, LSTMConfig
 from rum.cells.rum import RUMCell, RUMCellConfig, RUMConfig
@@ -20,6 +30,9 @@ __all__ = [
     "RUMCell",
     "RUMCellConfig",
     "RUMConfig",
+    "StackConfig",
     "State",
+    "StoryLayout",
+    "WholeConfig",
     "register_model",
 ]

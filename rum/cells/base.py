@@ -127,12 +127,16 @@ def semi_orthogonal(rows: int, columns: int, like: Tensor) -> Tensor:
     return drawn.to(like.dtype)
 
 
-@dataclass(kw_only=True)
-class CellConfig(ABC):
-    """The typed options of one cell; checks itself and is never changed after construction."""
+class Options(ABC):  # noqa: B024  # its two kinds differ in how they are built
+    """Typed options; they check themselves and are never changed after construction."""
 
-    def __post_init__(self) -> None:  # noqa: B027  # a subclass without options has no checks
-        """Subclasses raise ConfigError here on a value that their cell does not accept."""
+    def __post_init__(self) -> None:  # noqa: B027  # options without limits have no checks
+        """Subclasses call this, then raise ConfigError on a value that is not accepted."""
+
+
+@dataclass(kw_only=True)
+class CellConfig(Options):
+    """The typed options of one cell."""
 
     @abstractmethod
     def build(
@@ -146,11 +150,24 @@ class CellConfig(ABC):
 
 
 @dataclass(kw_only=True)
-class ModelConfig(CellConfig):
-    """A cell together with how it is stacked: one option of `model=`."""
+class ModelConfig(Options):
+    """One option of `model=`: a `StackConfig`, or a `WholeConfig` that is no recurrent cell."""
 
     name: str = "???"
     """Registry key; each model sets its own."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on a name that belongs to another model."""
+        super().__post_init__()
+        registered = next((key for key, value in MODELS.items() if value is type(self)), self.name)
+        if self.name != registered:
+            raise ConfigError(f"name of this model must be {registered!r}, got {self.name!r}")
+
+
+@dataclass(kw_only=True)
+class StackConfig(ModelConfig, CellConfig):
+    """A cell together with how it is stacked; `rum.models.SequenceModel` is built around it."""
+
     num_layers: int = 1
     """Cells on top of each other."""
     dropout: float = 0.0
@@ -160,11 +177,27 @@ class ModelConfig(CellConfig):
     def __post_init__(self) -> None:
         """Raises ConfigError on a value that no model accepts."""
         super().__post_init__()
-        registered = next((key for key, value in MODELS.items() if value is type(self)), self.name)
-        if self.name != registered:
-            raise ConfigError(f"name of this model must be {registered!r}, got {self.name!r}")
         check_at_least("num_layers", self.num_layers, 1)
         check_probability("dropout", self.dropout)
+
+
+@dataclass(kw_only=True)
+class WholeConfig(ModelConfig):
+    """A model from symbols to answers that is not made of recurrent cells."""
+
+    @abstractmethod
+    def build_model(self, *, vocab_size: int, num_classes: int, story: "StoryLayout") -> nn.Module:
+        """Builds it; called as `logits, state = model(symbols, state)` like a `SequenceModel`."""
+
+
+@dataclass(frozen=True)
+class StoryLayout:
+    """How a story and a question lie in an input sequence."""
+
+    question_length: int
+    """The last so many symbols are the question, padded on the right with 0."""
+    sentence_ends: tuple[int, ...]
+    """Symbols that end a sentence of the story, which is padded on the left with 0."""
 
 
 MODELS: dict[str, type[ModelConfig]] = {}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from rum.cells.base import (
     Cell,
     CellConfig,
-    ModelConfig,
     Noise,
+    StackConfig,
     State,
     bernoulli_mask,
     register_model,
@@ -129,7 +129,7 @@ def _tuple(noise: "Tensor | Noise") -> Noise:
 
 
 @dataclass(kw_only=True)
-class FastSlowConfig(ModelConfig):
+class FastSlowConfig(StackConfig):
     """A Fast-Slow RNN over any two cells; a subclass with a name makes it a `model=` option."""
 
     fast: CellConfig
@@ -139,7 +139,7 @@ class FastSlowConfig(ModelConfig):
     num_fast_cells: int = 2
     """The k of FS-RNN-k, >= 2."""
     dropout: float = 0.35
-    """As `ModelConfig.dropout`, and also between the fast and the slow cells."""
+    """As `StackConfig.dropout`, and also between the fast and the slow cells."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError on a value that the cell does not accept."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from rum.cells.base import (
     Cell,
     CellConfig,
-    ModelConfig,
     Noise,
+    StackConfig,
     State,
     bernoulli_mask,
     register_model,
@@ -182,7 +182,7 @@ class LSTMCellConfig(CellConfig):
 
 @register_model
 @dataclass(kw_only=True)
-class LSTMConfig(ModelConfig, LSTMCellConfig):
+class LSTMConfig(StackConfig, LSTMCellConfig):
     """A stack of LSTM cells."""
 
     name: str = "lstm"

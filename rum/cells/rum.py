@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from rum.cells.base import (
     Cell,
     CellConfig,
-    ModelConfig,
     Noise,
+    StackConfig,
     State,
     bernoulli_mask,
     first_mask,
@@ -302,7 +302,7 @@ class RUMCellConfig(CellConfig):
 
 @register_model
 @dataclass(kw_only=True)
-class RUMConfig(ModelConfig, RUMCellConfig):
+class RUMConfig(StackConfig, RUMCellConfig):
     """A stack of RUM cells; two layers are the paper's 2xRUM."""
 
     name: str = "rum"

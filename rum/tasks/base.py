@@ -19,7 +19,7 @@ class Batch:
     input: Tensor
     """`(T, B)`, integers in [0, vocab_size)."""
     target: Tensor
-    """`(T, B)`, integers in [0, num_classes)."""
+    """`(T, B)`, or `(1, B)` where the task answers last: integers in [0, num_classes)."""
     carry_state: bool
     """Whether the state after the previous batch goes on here (else it starts afresh)."""
 
@@ -34,6 +34,10 @@ class Totals:
     """Predictions that hit the target."""
     count: int
     """Targets."""
+    correct_answers: int
+    """Predictions that hit the target at the task's `answer_steps`."""
+    answers: int
+    """Targets there."""
 
 
 class Task(ABC):
@@ -48,7 +52,12 @@ class Task(ABC):
         vocab_size: Number of input symbols.
         num_classes: Number of output classes.
         embedding_size: Features of a learned embedding, None for one-hot inputs.
-        orthogonal: Initialiser of embedding and read-out; see `rum.models.SequenceModel`.
+        initialization: Of embedding and read-out; see `rum.models.SequenceModel`.
+        answers_last: Whether only the last step has a target.
+        answer_steps: The last so many targets are the answer that needs memory; None for all.
+        plateau_metric: Metric of a task on which training sits at the baseline and then breaks
+            through: it is reported when it reached 0.9 and 0.99. None for other tasks.
+        story: Of questions about stories: length of the question and symbols that end a sentence.
         steps_per_epoch: Updates between two validations.
         checksum: Identifies the data.
         protocol: How the validation metric is taken; values compare only where it is equal.
@@ -62,7 +71,11 @@ class Task(ABC):
     vocab_size: int
     num_classes: int
     embedding_size: int | None
-    orthogonal: bool
+    initialization: str
+    answers_last: bool = False
+    answer_steps: int | None = None
+    plateau_metric: str | None = None
+    story: tuple[int, tuple[int, ...]] | None = None
     steps_per_epoch: int
     checksum: str
     protocol: str
@@ -79,7 +92,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The scalar that training minimises, from `(T, B, num_classes)` and `(T, B)`."""
+        """The scalar that training minimises, from `(T, B, num_classes)` and a target."""
 
     @abstractmethod
     def training_metrics(self, mean_loss: float) -> dict[str, float]:

@@ -35,7 +35,7 @@ class CharacterLMTask(Task):
 
     metric = "bits_per_character"
     mode = "min"
-    orthogonal = True
+    initialization = "orthogonal"
 
     def __init__(self, config: "CharacterLMConfig", corpus: Corpus) -> None:
         self._config = config

@@ -28,7 +28,7 @@ class CopyingTask(Task):
     Input: ten data symbols (1-8, uniform), delay - 1 blanks (0), the marker (9) at index
     delay + 9, ten blanks. Target: delay + 10 blanks, then the ten symbols. Loss and metric:
     cross-entropy in nats, mean over *all* positions; accuracy likewise, so a model that always
-    answers "blank" scores (delay + 10) / (delay + 20).
+    answers "blank" scores (delay + 10) / (delay + 20); `answer_accuracy` is over the ten answers.
 
     Source: paper section 4.1 and RUM-Tensorflow/copying_task.py.
     """
@@ -38,7 +38,9 @@ class CopyingTask(Task):
     vocab_size = NUM_DATA_SYMBOLS + 2
     num_classes = NUM_DATA_SYMBOLS + 1  # the marker is never an answer
     embedding_size = None
-    orthogonal = False
+    initialization = "uniform"
+    answer_steps = NUM_SYMBOLS
+    plateau_metric = "answer_accuracy"
     vocabulary: list[int] = []  # noqa: RUF012  # same for all instances, never changed
     source = "generated"
 
@@ -84,10 +86,11 @@ class CopyingTask(Task):
         return {"cross_entropy": mean_loss}
 
     def metrics(self, totals: Totals) -> dict[str, float]:
-        """Cross-entropy in nats and accuracy, both over all positions."""
+        """Cross-entropy in nats and accuracy over all positions; accuracy of the ten answers."""
         return {
             "cross_entropy": totals.cross_entropy / totals.count,
             "accuracy": totals.correct / totals.count,
+            "answer_accuracy": totals.correct_answers / totals.answers,
         }
 
     def baselines(self) -> dict[str, float]:

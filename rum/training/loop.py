@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 FINITE_CHECK_INTERVAL = 10  # updates between looks at the sums; a look waits for the device
 
+PLATEAU_SHARES = (0.9, 0.99)
+
 Report = dict[str, float]
 """One epoch's numbers by name, unit in the name: `epoch`, `step`, `train/...`, `validation/...`"""
 
@@ -160,10 +162,26 @@ class Trainer:
             "time/training_seconds": trained - began,
             "time/validation_seconds": time.monotonic() - trained,
         }
+        report |= self._breakthroughs(validation)
         progress.reports.append(report)
         self._sums = self._zero_sums()
         self._save()
         return report
+
+    def _breakthroughs(self, validation: dict[str, float]) -> Report:
+        """The updates after which a plateau task's metric first reached 0.9 and 0.99."""
+        metric = self.task.plateau_metric
+        if metric is None:
+            return {}
+        last = self.progress.reports[-1] if self.progress.reports else {}
+        reached: Report = {}
+        for share in PLATEAU_SHARES:
+            name = f"validation/steps_to_{share:g}_{metric}"
+            if name in last:
+                reached[name] = last[name]
+            elif validation[metric] >= share:
+                reached[name] = self.progress.step
+        return reached
 
     def _save(self) -> None:
         progress = self.progress
@@ -261,8 +279,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     cross_entropy = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros((), dtype=torch.long, device=device)
-    count = 0
+    correct = torch.zeros(2, dtype=torch.long, device=device)  # of all, of the answers
+    count = answers = 0
     state = None
     for batch in task.evaluation_batches(split, batch_size):
         logits, state = model(batch.input.to(device), state if batch.carry_state else None)
@@ -271,7 +289,11 @@ def evaluate(
             logits.flatten(0, 1), target.flatten(), reduction="sum"
         )
         cross_entropy += losses.double()
-        correct += (logits.argmax(-1) == target).sum()
+        hits = logits.argmax(-1) == target
+        answer_hits = hits if task.answer_steps is None else hits[-task.answer_steps :]
+        correct += torch.stack((hits.sum(), answer_hits.sum()))
         count += target.numel()
+        answers += answer_hits.numel()
     model.train(was_training)
-    return task.metrics(Totals(cross_entropy.item(), int(correct.item()), count))
+    all_correct, answers_correct = correct.tolist()
+    return task.metrics(Totals(cross_entropy.item(), all_correct, count, answers_correct, answers))

@@ -11,7 +11,7 @@ import torch
 
 from rum.errors import ConfigError
 from rum.experiment import ExperimentConfig, model_sizes, parameter_count
-from rum.models import SequenceModel
+from rum.models import SequenceModel, build_model
 from rum.tasks import Task
 from rum.tune.asha import expected_epochs, milestones
 from rum.tune.config import SearchConfig
@@ -99,9 +99,11 @@ def _probe(experiment: ExperimentConfig, task: Task) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(experiment.training.threads or threads)
     device = experiment.training.device
-    model = SequenceModel(experiment.model, **model_sizes(task)).to(device)
+    model = build_model(experiment.model, model_sizes(task)).to(device)
     batch = task.training_batch(0)
-    steps = min(PROBE_STEPS, len(batch.input))
+    steps = len(batch.input)
+    if isinstance(model, SequenceModel):  # its time is proportional to the steps
+        steps = min(PROBE_STEPS, steps)
     input, target = batch.input[:steps].to(device), batch.target[:steps].to(device)
     durations = []
     for _ in range(3):

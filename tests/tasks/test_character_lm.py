@@ -191,7 +191,7 @@ def test_loss_is_summed_over_time_and_averaged_over_the_batch(corpus: str) -> No
 def test_metrics_are_bits_and_a_share_of_the_characters(corpus: str) -> None:
     task = tiny(corpus)
     # 40 characters, each with probability 1 / 8: 3 bits each
-    metrics = task.metrics(Totals(cross_entropy=40 * math.log(8), correct=10, count=40))
+    metrics = task.metrics(Totals(40 * math.log(8), 10, 40, 10, 40))
     assert metrics == pytest.approx({"bits_per_character": 3.0, "accuracy": 0.25})
     # a window's loss, LENGTH characters at 3 bits
     assert task.training_metrics(LENGTH * math.log(8)) == pytest.approx(
@@ -223,7 +223,7 @@ def test_evaluation_is_one_pass_over_each_row(
         vocab_size=task.vocab_size,
         num_classes=task.num_classes,
         embedding_size=3,
-        orthogonal=False,
+        initialization="uniform",
     )
     with torch.no_grad():
         for parameter in model.parameters():

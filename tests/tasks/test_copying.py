@@ -167,11 +167,16 @@ def test_metrics_are_over_all_positions() -> None:
     task = copying(delay=30, batch_size=4)
     target = torch.cat([b.target for b in task.evaluation_batches("validation")], 1)
     always_blank = Totals(
-        cross_entropy=12.0, correct=int((target == 0).sum()), count=target.numel()
+        cross_entropy=12.0,
+        correct=int((target == 0).sum()),
+        count=target.numel(),
+        correct_answers=3,
+        answers=40,
     )
     metrics = task.metrics(always_blank)
     assert metrics["accuracy"] == pytest.approx((30 + 10) / (30 + 20))
     assert metrics["cross_entropy"] == pytest.approx(12.0 / (4 * 50))
+    assert metrics["answer_accuracy"] == pytest.approx(3 / 40)
 
 
 def test_sizes_are_ten_symbols_and_nine_classes() -> None:
