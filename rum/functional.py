@@ -113,6 +113,59 @@ def accumulate_rotation(
         return torch.baddbmm(full, change, directions.mT, alpha=-1).to(memory.dtype)
 
 
+def leak_rotation(memory: Tensor, lambda_: float | Tensor) -> Tensor:
+    """Shrinks every rotation angle of an orthogonal matrix: a smooth stand-in for its real power.
+
+    ```
+    L(R) = ((1 + lambda) R + (1 - lambda) I) ((1 - lambda) R + (1 + lambda) I)^-1
+    ```
+
+    An eigenvalue exp(i theta) of R becomes exp(i phi) with tan(phi / 2) = lambda tan(theta / 2).
+    So L(R) is orthogonal, equals R at lambda = 1, tends to the identity as lambda goes to 0, obeys
+    L_a(L_b(R)) = L_ab(R), and agrees with R^lambda = exp(lambda log R) up to the third power of
+    the angles. Unlike that power it has no branch cut at theta = pi, where products of random
+    rotations come close, and needs no eigenvectors: the inverse exists for every orthogonal R (its
+    smallest singular value is 2 lambda at least), and value and gradient are smooth in both
+    arguments. The polar factor of (1 - lambda) I + lambda R, another candidate, is singular at
+    lambda = 1/2, theta = pi.
+
+    Cost: one batched LU solve, O(B N^3).
+
+    Args:
+        memory: `(..., N, N)`, orthogonal.
+        lambda_: In (0, 1], a number or a tensor of one element.
+
+    Returns:
+        `(..., N, N)`, in the dtype of `memory`.
+
+    Source: ours; paper section 5.2 names real powers as future work.
+    """
+    full = _full_precision(memory)
+    identity = torch.eye(full.shape[-1], dtype=full.dtype, device=full.device)
+    with torch.autocast(memory.device.type, enabled=False):
+        # Both factors are functions of R, so they commute: solve from the left.
+        numerator = (1 + lambda_) * full + (1 - lambda_) * identity
+        denominator = (1 - lambda_) * full + (1 + lambda_) * identity
+        leaked: Tensor = torch.linalg.solve(denominator, numerator)
+        return leaked.to(memory.dtype)
+
+
+def orthonormalize(memory: Tensor) -> Tensor:
+    """Takes a nearly orthogonal matrix closer to its polar factor: one Newton-Schulz step.
+
+    An error e of orthogonality becomes about e^2 (Bjoerck and Bowie 1971). Cost: O(B N^3).
+
+    Args:
+        memory: `(..., N, N)`, singular values in (0, sqrt(3)).
+
+    Returns:
+        `(..., N, N)`: 1.5 R - 0.5 R R' R.
+    """
+    with torch.autocast(memory.device.type, enabled=False):
+        full = _full_precision(memory)
+        return (1.5 * full - 0.5 * (full @ full.mT) @ full).to(memory.dtype)
+
+
 def rotation_matrix(source: Tensor, target: Tensor, *, eps: float = SQUARED_NORM_FLOOR) -> Tensor:
     """Returns the matrix R of `rotate`: `R @ vector == rotate(source, target, vector)`.
 

@@ -1,5 +1,6 @@
 """What every recurrent cell and its configuration promise, and the registry of models."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TypeVar
@@ -125,6 +126,13 @@ def semi_orthogonal(rows: int, columns: int, like: Tensor) -> Tensor:
     dtype = torch.float32 if half else like.dtype
     drawn = nn.init.orthogonal_(torch.empty(rows, columns, device=like.device, dtype=dtype))
     return drawn.to(like.dtype)
+
+
+def glorot_uniform_(kernel: Tensor) -> None:
+    """Fills a kernel with the uniform distribution of Glorot and Bengio 2010, by its two sizes."""
+    bound = math.sqrt(6 / sum(kernel.shape))
+    with torch.no_grad():
+        kernel.uniform_(-bound, bound)
 
 
 class Options(ABC):  # noqa: B024  # its two kinds differ in how they are built

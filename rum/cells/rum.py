@@ -1,6 +1,8 @@
 """Rotational Unit of Memory cell (Dangovski et al., section 3.2; 2019 in TACL 7)."""
 
 import logging
+import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,14 @@ from rum.cells.base import (
 from rum.cells.layer_norm import LayerNorm
 from rum.checks import check_at_least, check_choice, check_positive, check_probability
 from rum.errors import ConfigError
-from rum.functional import accumulate_rotation, rotate, time_normalize, zoneout
+from rum.functional import (
+    accumulate_rotation,
+    leak_rotation,
+    orthonormalize,
+    rotate,
+    time_normalize,
+    zoneout,
+)
 from rum.kernels.fused import ACTIVATIONS, RecurrenceOptions, rum_recurrence
 
 logger = logging.getLogger(__name__)
@@ -37,7 +46,7 @@ class RUMCell(Cell):
     tau  = W_tau [x; h] + b_tau                    target (no activation)
     u    = sigmoid(W_u [x; h] + b_u)               update gate
     eps  = W_eps x + b_eps                         embedded input
-    R    = R_previous^lambda Rotation(eps, tau)    R starts as the identity
+    R    = P(R_previous) Rotation(eps, tau)        R starts as the identity
     c    = activation(eps + R h)                   candidate
     h'   = u * h + (1 - u) * c                     u keeps the old state
     h''  = eta h' / |h'|                           where eta is set
@@ -53,7 +62,14 @@ class RUMCell(Cell):
     Parameters: `weight_ih (3N, input_size)`, rows target, update gate, embedded input;
     `weight_hh (2N, N)`, rows target, update gate; `bias (2N,)`; `embedding_bias (N,)` or None.
 
-    State: `(h,)`, or `(h, R)` with R `(B, N, N)` for lambda = 1.
+    P is the lambda-th power: the identity matrix for 0, R itself for 1, a matrix power for whole
+    numbers >= 2, and between 0 and 1 `rum.functional.leak_rotation`, which stands for the real
+    power that the paper leaves to future work (section 5.2): an associative memory that leaks.
+
+    State: `(h,)` for lambda = 0, else `(h, R)` with R `(B, N, N)`.
+
+    Cost of a step: O(N^2) per sample, also for lambda = 1; O(N^3) with other powers, which run
+    step by step and keep several N x N matrices per sample and step for the backward pass.
 
     Differs from the released code only where that yields NaN or leaves the orthogonal matrices
     (see `rum.functional.rotate`).
@@ -65,6 +81,8 @@ class RUMCell(Cell):
         hidden_size: int,
         *,
         lambda_: float = 0.0,
+        lambda_trainable: bool = False,
+        orthonormalize: bool = True,
         eta: float | None = None,
         layer_norm: bool = False,
         layer_norm_gate: str = "post_sigmoid",
@@ -86,6 +104,7 @@ class RUMCell(Cell):
         RUMCellConfig(  # checks the options
             hidden_size=hidden_size,
             lambda_=lambda_,
+            lambda_trainable=lambda_trainable,
             eta=eta,
             layer_norm_gate=layer_norm_gate,
             zoneout=zoneout,
@@ -99,6 +118,13 @@ class RUMCell(Cell):
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.lambda_ = lambda_
+        self.orthonormalize = orthonormalize
+        if lambda_ > 1:
+            warnings.warn(
+                f"lambda_ = {lambda_:g} multiplies rounding errors {lambda_:g}-fold at every "
+                "step; without orthonormalize float32 overflows within tens of steps",
+                stacklevel=2,
+            )
         self.eta = eta
         self.layer_norm_gate = layer_norm_gate if layer_norm else None
         self.zoneout = zoneout
@@ -112,6 +138,7 @@ class RUMCell(Cell):
         self.embedding_bias = (
             nn.Parameter(torch.empty(hidden_size, **like)) if embedding_bias else None
         )
+        self.lambda_logit = nn.Parameter(torch.empty((), **like)) if lambda_trainable else None
         self.gate_norm = LayerNorm(hidden_size, groups=2, **like) if layer_norm else None
         self.candidate_norm = LayerNorm(hidden_size, **like) if layer_norm else None
         self.reset_parameters()
@@ -135,9 +162,11 @@ class RUMCell(Cell):
             self.bias.fill_(1.0)
             if self.embedding_bias is not None:
                 self.embedding_bias.zero_()
+            if self.lambda_logit is not None:
+                self.lambda_logit.fill_(math.log(self.lambda_ / (1 - self.lambda_)))
 
     def initial_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
-        """Returns h = 0 and, for lambda = 1, R = identity."""
+        """Returns h = 0 and, unless lambda = 0, R = identity."""
         hidden = torch.zeros(batch_size, self.hidden_size, device=device, dtype=dtype)
         if self.lambda_ == 0:
             return (hidden,)
@@ -176,7 +205,7 @@ class RUMCell(Cell):
         if self.lambda_ == 0:
             turned = rotate(embedded, target, hidden)
         else:
-            accumulated = accumulate_rotation(state[1], embedded, target)
+            accumulated = accumulate_rotation(self._power(state[1]), embedded, target)
             with torch.autocast(hidden.device.type, enabled=False):
                 turned = (accumulated @ hidden.unsqueeze(-1)).squeeze(-1)
             memory = (accumulated,)
@@ -190,6 +219,19 @@ class RUMCell(Cell):
             new = time_normalize(new, self.eta)
         new = zoneout(new, hidden, self.zoneout, first_mask(noise))
         return new, (new, *memory)
+
+    def _power(self, memory: Tensor) -> Tensor:
+        """The lambda-th power of the associative memory."""
+        if self.lambda_logit is not None:
+            memory = leak_rotation(memory, torch.sigmoid(self.lambda_logit))
+        elif self.lambda_ == 1:
+            return memory  # float32 keeps orthogonality to 5e-6 over 1000 rotations
+        elif self.lambda_ < 1:
+            memory = leak_rotation(memory, self.lambda_)
+        else:
+            with torch.autocast(memory.device.type, enabled=False):
+                memory = torch.linalg.matrix_power(memory, int(self.lambda_))
+        return orthonormalize(memory) if self.orthonormalize else memory
 
     def unroll(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Runs a sequence on the backend in force; see `Cell.unroll`."""
@@ -251,7 +293,13 @@ class RUMCellConfig(CellConfig):
     hidden_size: int = 256
     """Size of the hidden state."""
     lambda_: float = 0.0
-    """Power of the associative memory: 0 (none) or 1 (rotations accumulate)."""
+    """Power of the associative memory: 0 (none), 1 (rotations accumulate), between (they leak
+    away), or a whole number >= 2 (rounding errors grow as fast: for short sequences)."""
+    lambda_trainable: bool = False
+    """Learn the power, between 0 and 1, from `lambda_` on (one parameter, its logit)."""
+    orthonormalize: bool = True
+    """For powers other than 0 and 1: take the associative memory back to the orthogonal matrices
+    at each step; off computes the plain recurrence."""
     eta: float | None = None
     """Norm of the hidden state after time normalisation, > 0; None switches it off."""
     layer_norm: bool = False
@@ -269,8 +317,15 @@ class RUMCellConfig(CellConfig):
         """Raises ConfigError on a value that the cell does not accept."""
         super().__post_init__()
         check_at_least("hidden_size", self.hidden_size, 1)
-        if self.lambda_ not in (0, 1):
-            raise ConfigError(f"lambda_ must be 0 or 1, got {self.lambda_}")
+        is_whole = math.isfinite(self.lambda_) and self.lambda_ == int(self.lambda_)
+        if not (0 <= self.lambda_ <= 1 or (is_whole and self.lambda_ >= 2)):
+            raise ConfigError(
+                f"lambda_ must be in [0, 1] or a whole number >= 2, got {self.lambda_}"
+            )
+        if self.lambda_trainable and not 0 < self.lambda_ < 1:
+            raise ConfigError(
+                f"lambda_trainable must start strictly between 0 and 1, got lambda_ {self.lambda_}"
+            )
         if self.eta is not None:
             check_positive("eta", self.eta)
         check_choice("layer_norm_gate", self.layer_norm_gate, ("post_sigmoid", "pre_sigmoid"))
@@ -289,6 +344,8 @@ class RUMCellConfig(CellConfig):
             input_size,
             self.hidden_size,
             lambda_=self.lambda_,
+            lambda_trainable=self.lambda_trainable,
+            orthonormalize=self.orthonormalize,
             eta=self.eta,
             layer_norm=self.layer_norm,
             layer_norm_gate=self.layer_norm_gate,

@@ -3,6 +3,7 @@
 from rum.tasks.base import TASKS, Batch, Task, TaskConfig, Totals, register_task
 from rum.tasks.character_lm import CharacterLMConfig, CharacterLMTask
 from rum.tasks.copying import CopyingConfig, CopyingTask
+from rum.tasks.recall import RecallConfig, RecallTask
 
 __all__ = [
     "TASKS",
@@ -11,6 +12,8 @@ __all__ = [
     "CharacterLMTask",
     "CopyingConfig",
     "CopyingTask",
+    "RecallConfig",
+    "RecallTask",
     "Task",
     "TaskConfig",
     "Totals",
