@@ -1,8 +1,30 @@
 """Rotational Unit of Memory for PyTorch: layers, cells, tasks, training and search."""
 
 from rum import functional
-from rum.layers import LSTM, RUM, FastSlowRNN
+from rum.layers import (
+    EUNN,
+    GORU,
+    GRU,
+    LSTM,
+    RUM,
+    FastSlowRNN,
+    FastWeights,
+    HighwayRUM,
+    WeiNet,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["LSTM", "RUM", "FastSlowRNN", "__version__", "functional"]
+__all__ = [
+    "EUNN",
+    "GORU",
+    "GRU",
+    "LSTM",
+    "RUM",
+    "FastSlowRNN",
+    "FastWeights",
+    "HighwayRUM",
+    "WeiNet",
+    "__version__",
+    "functional",
+]

@@ -1,11 +1,27 @@
 """Recurrent layers used like `torch.nn.LSTM`: `output, state = layer(input, state)`."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from rum.cells import Cell, CellConfig, FastSlowCell, LSTMCell, RUMCell, State
+from rum.cells import (
+    Cell,
+    CellConfig,
+    EUNNCell,
+    FastSlowCell,
+    FastWeightsCell,
+    GORUCell,
+    GRUCell,
+    HighwayRUMCell,
+    LSTMCell,
+    RUMCell,
+    RUMCellConfig,
+    State,
+    WeiNetCell,
+)
 from rum.checks import check_at_least, check_probability
 
 
@@ -32,21 +48,56 @@ class RecurrentLayer(nn.Module):
         self.batch_first = batch_first
         self.dropout = dropout
 
-    def forward(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Runs the sequence; see the class for shapes.
+    @overload
+    def forward(
+        self, input: Tensor, state: State | None = None, *, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, state: State | None = None
+    ) -> tuple[PackedSequence, State]: ...
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        state: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, State]:
+        """Runs the sequences; see the class for shapes.
+
+        Args:
+            input: As the class says, or a `PackedSequence`, then the output is one too.
+            state: From an earlier call; None for the cells' initial state.
+            lengths: `(B,)`, integers in [0, T]: how many steps of each sequence count. Outputs
+                beyond are zero, and the state returned is that after a sequence's own last step.
 
         Raises:
-            TypeError: If `input` is not a tensor (packed sequences are not supported) or `state`
-                is not a tuple of tensors.
-            ValueError: If a shape does not fit.
+            TypeError: If `input` is neither a tensor nor packed, or `state` not a tuple of
+                tensors.
+            ValueError: If a shape or a length does not fit.
         """
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("lengths must be None with a PackedSequence, which has its own")
+            padded, lengths = pad_packed_sequence(input, batch_first=self.batch_first)
+            output, new_state = self._run(padded, state, lengths)
+            return _packed_like(input, output, lengths, self.batch_first), new_state
         if not isinstance(input, Tensor):
-            raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+            raise TypeError(f"input must be a tensor or packed, got {type(input).__name__}")
+        return self._run(input, state, lengths)
+
+    def _run(
+        self, input: Tensor, state: State | None, lengths: Tensor | None
+    ) -> tuple[Tensor, State]:
         if state is not None and not isinstance(state, tuple):
             raise TypeError(f"state must be a tuple of tensors, got {type(state).__name__}")
         if input.dim() not in (2, 3):
             raise ValueError(f"input must have 2 or 3 dimensions, got shape {tuple(input.shape)}")
         batched = input.dim() == 3
+        if lengths is not None and not batched:
+            raise ValueError("lengths belong to a batch, got an input without one")
         if not batched:
             input = input.unsqueeze(1)
             state = None if state is None else tuple(tensor.unsqueeze(1) for tensor in state)
@@ -58,6 +109,8 @@ class RecurrentLayer(nn.Module):
                 f"{[tuple(tensor.shape) for tensor in state]}"
             )
 
+        if lengths is not None:
+            _check_lengths(lengths, input)
         output = input
         states = []
         for index, cell in enumerate(self.cells):
@@ -65,7 +118,10 @@ class RecurrentLayer(nn.Module):
             if index:
                 output = nn.functional.dropout(output, self.dropout, self.training)
             before = None if state is None else tuple(tensor[index] for tensor in state)
-            output, after = cell.unroll(output, before)
+            if lengths is None:
+                output, after = cell.unroll(output, before)
+            else:
+                output, after = _unroll_ragged(cell, output, before, lengths.tolist())
             states.append(after)
         new_state = tuple(torch.stack(tensors) for tensors in zip(*states, strict=True))
 
@@ -74,12 +130,66 @@ class RecurrentLayer(nn.Module):
         return (output.transpose(0, 1) if self.batch_first else output), new_state
 
 
-class RUM(RecurrentLayer):
-    """A multi-layer Rotational Unit of Memory.
+def _packed_like(
+    packed: PackedSequence, padded: Tensor, lengths: Tensor, batch_first: bool
+) -> PackedSequence:
+    """Packs outputs in the order of rows that `packed` has."""
+    order = packed.sorted_indices
+    if order is not None:
+        padded = padded.index_select(0 if batch_first else 1, order)
+        lengths = lengths[order.cpu()]
+    data, batch_sizes, _, _ = pack_padded_sequence(padded, lengths, batch_first=batch_first)
+    return PackedSequence(data, batch_sizes, order, packed.unsorted_indices)
 
-    State: `(h,)` with h `(num_layers, B, hidden_size)`; for `lambda_=1` `(h, R)` with R
-    `(num_layers, B, hidden_size, hidden_size)`. See `rum.cells.RUMCell` for the equations.
+
+def _check_lengths(lengths: Tensor, input: Tensor) -> None:
+    steps, batch_size, _ = input.shape
+    fits = lengths.shape == (batch_size,) and not lengths.is_floating_point()
+    if not fits or (lengths.numel() and not (0 <= lengths.min() and lengths.max() <= steps)):
+        raise ValueError(
+            f"lengths must be {batch_size} integers in [0, {steps}], got {lengths.tolist()}"
+        )
+
+
+def _unroll_ragged(
+    cell: Cell, input: Tensor, state: State | None, lengths: list[int]
+) -> tuple[Tensor, State]:
+    """Runs sequences of different lengths with any cell: the batch shrinks where one ends.
+
+    Longest first, so that those still running are the first rows; between two lengths the cell
+    unrolls as usual, so every backend serves, and no step is spent on padding.
     """
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    rows = torch.tensor(order, device=input.device)
+    running = state
+    if running is None:
+        running = cell.initial_state(len(order), device=input.device, dtype=input.dtype)
+    running = tuple(tensor[rows] for tensor in running)
+    input = input[:, rows]
+    pieces = []
+    ended: list[State] = []  # of the rows that ended, shortest last in `order`, so prepended
+    begin = 0
+    count = len(order)
+    for end in sorted(set(lengths)):
+        if end > begin:
+            output, running = cell.unroll(input[begin:end, :count], running)
+            missing = len(order) - count
+            pieces.append(nn.functional.pad(output, (0, 0, 0, missing)))
+            begin = end
+        left = sum(length > end for length in lengths)
+        ended.insert(0, tuple(tensor[left:] for tensor in running))
+        running = tuple(tensor[:left] for tensor in running)
+        count = left
+    pieces.append(input.new_zeros(len(input) - begin, len(order), cell.hidden_size))
+    back = torch.argsort(rows)
+    final = tuple(torch.cat(tensors)[back] for tensors in zip(*ended, strict=True))
+    return torch.cat(pieces)[:, back], final
+
+
+class _Stack(RecurrentLayer):
+    """A layer of equal cells, `cell_type`, on top of each other."""
+
+    cell_type: ClassVar[Callable[..., Cell]]
 
     def __init__(
         self,
@@ -99,41 +209,67 @@ class RUM(RecurrentLayer):
             num_layers: Cells on top of each other.
             batch_first: Input and output are `(B, T, features)`.
             dropout: Probability of zeroing an output between layers, in [0, 1).
-            **cell: Options of `rum.cells.RUMCell`: lambda_, eta, layer_norm, layer_norm_gate,
-                zoneout, embedding_bias, activation, backend, device, dtype.
+            **cell: Options of the cell, and `device` and `dtype` of the parameters.
         """
         check_at_least("num_layers", num_layers, 1)
         sizes = [input_size] + [hidden_size] * (num_layers - 1)
-        cells: list[Cell] = [RUMCell(size, hidden_size, **cell) for size in sizes]
+        cells = [type(self).cell_type(size, hidden_size, **cell) for size in sizes]
         super().__init__(cells, batch_first=batch_first, dropout=dropout)
 
 
-class LSTM(RecurrentLayer):
-    """A multi-layer LSTM with optional layer normalisation and zoneout.
+class RUM(_Stack):
+    """A multi-layer Rotational Unit of Memory; see `rum.cells.RUMCell` for equations and options.
+
+    State: `(h,)` with h `(num_layers, B, hidden_size)`; unless `lambda_` is 0 `(h, R)` with R
+    `(num_layers, B, hidden_size, hidden_size)`.
+    """
+
+    cell_type = RUMCell
+
+
+class LSTM(_Stack):
+    """A multi-layer LSTM with optional layer norm and zoneout; options of `rum.cells.LSTMCell`.
 
     State: `(h, c)`, both `(num_layers, B, hidden_size)`, as `torch.nn.LSTM`.
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        *,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        **cell: Any,
-    ) -> None:
-        """Builds the stack; arguments as `RUM`.
+    cell_type = LSTMCell
 
-        Args:
-            **cell: Options of `rum.cells.LSTMCell`: layer_norm, zoneout_h, zoneout_c,
-                forget_bias, device, dtype.
-        """
-        check_at_least("num_layers", num_layers, 1)
-        sizes = [input_size] + [hidden_size] * (num_layers - 1)
-        cells: list[Cell] = [LSTMCell(size, hidden_size, **cell) for size in sizes]
-        super().__init__(cells, batch_first=batch_first, dropout=dropout)
+
+class GRU(_Stack):
+    """A multi-layer GRU; options of `rum.cells.GRUCell`. State: `(h,)`."""
+
+    cell_type = GRUCell
+
+
+class GORU(_Stack):
+    """A multi-layer gated orthogonal unit; options of `rum.cells.GORUCell`. State: `(h,)`."""
+
+    cell_type = GORUCell
+
+
+class EUNN(_Stack):
+    """A multi-layer real EUNN; options of `rum.cells.EUNNCell`. State: `(h,)`."""
+
+    cell_type = EUNNCell
+
+
+class FastWeights(_Stack):
+    """Multi-layer fast weights with layer norm; options of `rum.cells.FastWeightsCell`.
+
+    State: `(h, A)` with A `(num_layers, B, hidden_size, hidden_size)`.
+    """
+
+    cell_type = FastWeightsCell
+
+
+class WeiNet(_Stack):
+    """The *reconstructed* auto-associative network; options of `rum.cells.WeiNetCell`.
+
+    State: `(h, A)` with A `(num_layers, B, num_memories, hidden_size, hidden_size)`.
+    """
+
+    cell_type = WeiNetCell
 
 
 class FastSlowRNN(RecurrentLayer):
@@ -179,4 +315,31 @@ class FastSlowRNN(RecurrentLayer):
             device=device,
             dtype=dtype,
         )
+        super().__init__([cell], batch_first=batch_first)
+
+
+class HighwayRUM(RecurrentLayer):
+    """A Recurrent Highway RUM; see `rum.cells.HighwayRUMCell`. State: a RUM's."""
+
+    def __init__(
+        self,
+        input_size: int,
+        rum: RUMCellConfig,
+        *,
+        depth: int = 2,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Builds the layer.
+
+        Args:
+            input_size: Features of the input.
+            rum: Options of the micro-steps.
+            depth: Micro-steps in a time step, >= 1.
+            batch_first: Input and output are `(B, T, features)`.
+            device: Of the parameters.
+            dtype: Of the parameters.
+        """
+        cell = HighwayRUMCell(input_size, rum, depth=depth, device=device, dtype=dtype)
         super().__init__([cell], batch_first=batch_first)

@@ -261,13 +261,6 @@ def test_a_state_that_is_a_bare_tensor_is_refused() -> None:
         build(make_rum)(draw(7, 4, 3), torch.zeros(1, 4, 5))
 
 
-def test_a_packed_sequence_is_refused() -> None:
-    packed = torch.nn.utils.rnn.pack_sequence([draw(7, 3), draw(4, 3)])
-
-    with pytest.raises(TypeError, match="must be a tensor, got PackedSequence"):
-        build(make_rum)(packed)
-
-
 @pytest.mark.parametrize("shape", [(3,), (2, 7, 4, 3)])
 def test_an_input_without_time_or_with_four_dimensions_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"2 or 3 dimensions, got shape \("):
