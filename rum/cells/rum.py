@@ -3,6 +3,7 @@
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,17 @@ from rum.kernels.fused import ACTIVATIONS, RecurrenceOptions, rum_recurrence
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "fused")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one step of a cell computed, each `(B, N)`; for diagnostics."""
+
+    embedded: Tensor
+    target: Tensor
+    update_gate: Tensor
+    candidate: Tensor
+    hidden: Tensor
 
 
 class RUMCell(Cell):
@@ -130,6 +142,7 @@ class RUMCell(Cell):
         self.zoneout = zoneout
         self.activation = activation
         self.backend = backend
+        self.observer: Callable[[Observation], None] | None = None
         self._logged_backend = ""
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight_ih = nn.Parameter(torch.empty(3 * hidden_size, input_size, **like))
@@ -218,6 +231,8 @@ class RUMCell(Cell):
         if self.eta is not None:
             new = time_normalize(new, self.eta)
         new = zoneout(new, hidden, self.zoneout, first_mask(noise))
+        if self.observer is not None:
+            self.observer(Observation(embedded, target, update, candidate, new))
         return new, (new, *memory)
 
     def _power(self, memory: Tensor) -> Tensor:
@@ -268,6 +283,8 @@ class RUMCell(Cell):
 
     def _choose_backend(self, input: Tensor) -> str:
         backend = self.backend
+        if self.observer is not None:
+            return "reference"  # the only one that computes what is observed
         if backend == "auto":
             # Half precision stays on the reference, which does norms and rotation in float32.
             full = self.weight_hh.dtype in (torch.float32, torch.float64)

@@ -17,6 +17,8 @@ from rum.data.corpora import Corpus, load_corpus
 from rum.errors import ConfigError, DataError
 from rum.tasks.base import Batch, Task, TaskConfig, Totals, register_task
 
+COUNTED_AT_ONCE = 10_000_000  # pairs of symbols, 80 MB
+
 
 class CharacterLMTask(Task):
     """A stream of bytes in `batch_size` contiguous rows, read window by window.
@@ -49,10 +51,11 @@ class CharacterLMTask(Task):
             self._check_fills_window(split, len(text), config.batch_size)
         self.vocabulary = _vocabulary(corpus)
         self.vocab_size = self.num_classes = len(self.vocabulary)
-        number = torch.zeros(256, dtype=torch.long)
-        number[self.vocabulary] = torch.arange(self.vocab_size)
+        number = bytearray(256)
+        for index, byte in enumerate(self.vocabulary):
+            number[byte] = index
         self._streams = {
-            split: number[torch.frombuffer(bytearray(text), dtype=torch.uint8).long()]
+            split: torch.frombuffer(bytearray(text.translate(number)), dtype=torch.uint8)
             for split, text in parts.items()
         }
         self.steps_per_epoch = _num_windows(
@@ -89,8 +92,8 @@ class CharacterLMTask(Task):
         length = self._config.bptt_length
         first = window * length
         return Batch(
-            rows[first : first + length],
-            rows[first + 1 : first + length + 1],
+            rows[first : first + length].long(),
+            rows[first + 1 : first + length + 1].long(),
             carry_state=window > 0,
         )
 
@@ -112,11 +115,15 @@ class CharacterLMTask(Task):
 
     def baselines(self) -> dict[str, float]:
         """Unigram and bigram model of the training text on validation, counts plus one."""
-        train, validation = self._streams["train"], self._streams["validation"]
+        train, validation = self._streams["train"], self._streams["validation"].long()
         size = self.vocab_size
         unigram = torch.bincount(train, minlength=size).double() + 1
         unigram_bits = -(unigram / unigram.sum()).log2()
-        pairs = torch.bincount(train[:-1] * size + train[1:], minlength=size * size).double() + 1
+        pairs = torch.ones(size * size, dtype=torch.double)
+        for first, second in zip(
+            train[:-1].split(COUNTED_AT_ONCE), train[1:].split(COUNTED_AT_ONCE), strict=True
+        ):
+            pairs += torch.bincount(first.long() * size + second, minlength=size * size)
         pairs = pairs.view(size, size)
         bigram_bits = -(pairs / pairs.sum(1, keepdim=True)).log2()
         return {
@@ -133,7 +140,7 @@ class CharacterLMTask(Task):
 def _vocabulary(corpus: Corpus) -> list[int]:
     """Bytes of the training text by (-frequency, byte), then those seen only elsewhere."""
     counts = torch.bincount(
-        torch.frombuffer(bytearray(corpus.train), dtype=torch.uint8).long(), minlength=256
+        torch.frombuffer(bytearray(corpus.train), dtype=torch.uint8), minlength=256
     ).tolist()
     seen = set(corpus.train) | set(corpus.validation) | set(corpus.test)
     return sorted(seen, key=lambda byte: (-counts[byte], byte))
@@ -156,7 +163,8 @@ class CharacterLMConfig(TaskConfig):
 
     name: str = "character_lm"
     corpus: str = "ptb"
-    """"ptb" (raw bytes of Mikolov's word-level files, 50 symbols), "pydoc" or a text file."""
+    """"ptb" (raw bytes of Mikolov's word-level files, 50 symbols), "ptb_char" (without the blanks
+    around each line), "enwik8", "text8", "pydoc" or a text file."""
     bptt_length: int = 150
     """T, the window of truncated backpropagation through time."""
     embedding_size: int | None = 128
@@ -168,7 +176,7 @@ class CharacterLMConfig(TaskConfig):
         """Raises ConfigError on a value that the task does not accept."""
         super().__post_init__()
         if not self.corpus:
-            raise ConfigError("corpus must be 'ptb', 'pydoc' or a path, got ''")
+            raise ConfigError("corpus must be a name or the path of a text file, got ''")
         check_at_least("bptt_length", self.bptt_length, 1)
         if self.embedding_size is not None:
             check_at_least("embedding_size", self.embedding_size, 1)

@@ -62,6 +62,8 @@ class TrainingConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     max_grad_norm: float | None = 1.0
     """Clip the gradient's global norm to this; null does not clip (synthetic tasks, bAbI)."""
+    diagnostics: bool = True
+    """Report angles, gates and norms of RUM cells on a validation batch after each epoch."""
     checkpoint_seconds: float = 300.0
     """Within an epoch, also write a checkpoint when this many seconds have passed."""
 

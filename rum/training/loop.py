@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rum.diagnostics import rum_statistics
 from rum.errors import CheckpointError, DivergedError
 from rum.tasks.base import Task, Totals
 from rum.training.checkpoint import Checkpoint, CheckpointStore, load_state
@@ -144,6 +145,7 @@ class Trainer:
         mean_loss, mean_norm = (self._sums / task.steps_per_epoch).tolist()
         trained = time.monotonic()
         validation = evaluate(self.model, task, "validation", self.config.device)
+        validated = time.monotonic()
         value = validation[task.metric]
         if not math.isfinite(value):
             raise DivergedError(f"validation {task.metric} is {value} after epoch {epoch}")
@@ -159,14 +161,22 @@ class Trainer:
             f"validation/best_{task.metric}": best,
             "train/gradient_norm": mean_norm,
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
+            **{f"diagnostics/{name}": x for name, x in self._diagnostics().items()},
             "time/training_seconds": trained - began,
-            "time/validation_seconds": time.monotonic() - trained,
+            "time/validation_seconds": validated - trained,
         }
         report |= self._breakthroughs(validation)
         progress.reports.append(report)
         self._sums = self._zero_sums()
         self._save()
         return report
+
+    def _diagnostics(self) -> dict[str, float]:
+        if not self.config.diagnostics:
+            return {}
+        batch = next(iter(self.task.evaluation_batches("validation")))
+        self.model.eval()
+        return rum_statistics(self.model, lambda: self.model(batch.input.to(self.config.device)))
 
     def _breakthroughs(self, validation: dict[str, float]) -> Report:
         """The updates after which a plateau task's metric first reached 0.9 and 0.99."""

@@ -50,7 +50,12 @@ from rum.tune.tracking import FINISHED, INTERRUPTED, Tracker, connect, tracking_
 from rum.tune.trial import run_trial
 
 # Options that may differ between the drivers of one study: they do not change what is computed.
-_NOT_DEFINING = ("training.device", "training.threads", "training.checkpoint_seconds")
+_NOT_DEFINING = (
+    "training.device",
+    "training.threads",
+    "training.diagnostics",
+    "training.checkpoint_seconds",
+)
 
 
 class InterruptedSearchError(RumError):

@@ -22,6 +22,7 @@ NOT_SEARCHABLE = {
     "training.max_epochs": "it is the budget that the scheduler hands out",
     "training.device": "it does not change what is computed",
     "training.threads": "it follows from search.cpus_per_trial",
+    "training.diagnostics": "it does not change what is computed",
     "training.checkpoint_seconds": "it does not change what is computed",
 }
 

@@ -327,7 +327,9 @@ def test_a_text_file_is_found_in_the_home_folder(
 
 @pytest.mark.parametrize("name", ["no_such_corpus", "/no/such/file.txt", "/"])
 def test_an_unknown_corpus_is_an_error_that_names_the_choices(name: str) -> None:
-    with pytest.raises(DataError, match=r"'ptb', 'pydoc' or the path") as error:
+    with pytest.raises(
+        DataError, match="ptb, ptb_char, pydoc, enwik8, text8 or the path"
+    ) as error:
         load_corpus(name)
     assert repr(name) in str(error.value)
 
@@ -365,3 +367,47 @@ def test_a_checksum_sees_one_byte_and_the_places_of_the_cuts() -> None:
     assert len({corpus.checksum for corpus in corpora_}) == 4
     moved = Corpus("y", "there", b"abc", b"de", b"f")
     assert moved.checksum == corpora_[0].checksum
+
+
+def test_ptb_char_is_ptb_without_the_blanks_around_lines(data_dir: Path) -> None:
+    raw, char = load_corpus("ptb", data_dir), load_corpus("ptb_char", data_dir)
+
+    # counted in another way: two blanks a line less, but for the lines there are
+    lengths = {"train": 5_017_482, "validation": 393_042, "test": 442_423}
+    for split, length in lengths.items():
+        before, after = getattr(raw, split), getattr(char, split)
+        assert len(after) == length == len(before) - 2 * before.count(b"\n")
+        assert b" " + after.replace(b"\n", b" \n ") == before + b" "
+    assert char.checksum != raw.checksum
+
+
+def test_wikipedia_is_taken_where_it_is_and_split_90_5_5(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rum.data.corpora.WIKIPEDIA_BYTES", 1000)
+    text = bytes(range(250)) * 4
+    (tmp_path / "enwik8").mkdir()
+    (tmp_path / "enwik8" / "enwik8").write_bytes(text)
+
+    corpus = load_corpus("enwik8", tmp_path)
+
+    assert (corpus.train, corpus.validation, corpus.test) == (
+        text[:900],
+        text[900:950],
+        text[950:],
+    )
+    assert corpus.name == "enwik8"
+
+
+def test_wikipedia_that_is_absent_or_cut_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match="'text8' is not here") as error:
+        load_corpus("text8", tmp_path)
+    assert str(tmp_path / "text8") in str(error.value)
+    assert "text8.zip" in str(error.value)
+
+    (tmp_path / "text8").write_bytes(b"short")
+    with pytest.raises(DataError, match="must have 100000000 bytes, got 5"):
+        load_corpus("text8", tmp_path)
