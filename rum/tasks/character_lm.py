@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rum.checks import check_at_least
+from rum.checks import check_at_least, check_choice
 from rum.data.corpora import Corpus, load_corpus
 from rum.errors import ConfigError, DataError
 from rum.tasks.base import Batch, Task, TaskConfig, Totals, register_task
@@ -45,6 +45,7 @@ class CharacterLMTask(Task):
         self.source = corpus.source
         self.checksum = corpus.checksum
         self.embedding_size = config.embedding_size
+        self._loss_divisor = config.bptt_length if config.loss_over_time == "mean" else 1
         train = corpus.train[: config.train_characters]
         parts = {"train": train, "validation": corpus.validation, "test": corpus.test}
         for split, text in parts.items():
@@ -98,13 +99,14 @@ class CharacterLMTask(Task):
         )
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Nats, summed over time and averaged over the batch."""
+        """Nats, mean over the batch; summed over time, or the mean, as `loss_over_time` says."""
         total = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum")
-        return total / target.shape[1]
+        return total / (target.shape[1] * self._loss_divisor)
 
     def training_metrics(self, mean_loss: float) -> dict[str, float]:
         """Bits per character from the loss of a window."""
-        return {"bits_per_character": mean_loss / self._config.bptt_length / math.log(2)}
+        steps = self._config.bptt_length / self._loss_divisor
+        return {"bits_per_character": mean_loss / steps / math.log(2)}
 
     def metrics(self, totals: Totals) -> dict[str, float]:
         """Bits per character, and the share of characters predicted first."""
@@ -169,6 +171,9 @@ class CharacterLMConfig(TaskConfig):
     """T, the window of truncated backpropagation through time."""
     embedding_size: int | None = 128
     """Features of the character embedding; null feeds one-hot vectors."""
+    loss_over_time: str = "sum"
+    """"sum" over the window's steps, before the gradient is clipped (released code), or "mean":
+    another algorithm under the same `max_grad_norm`."""
     train_characters: int | None = None
     """Train on this many characters from the start only; null takes all."""
 
@@ -180,6 +185,7 @@ class CharacterLMConfig(TaskConfig):
         check_at_least("bptt_length", self.bptt_length, 1)
         if self.embedding_size is not None:
             check_at_least("embedding_size", self.embedding_size, 1)
+        check_choice("loss_over_time", self.loss_over_time, ("sum", "mean"))
         if self.train_characters is not None:
             check_at_least("train_characters", self.train_characters, 1)
 

@@ -114,8 +114,9 @@ class Trainer:
 
     def _update(self) -> None:
         config, step = self.config, self.progress.step
-        epoch = step // self.task.steps_per_epoch + 1
-        learning_rate = config.learning_rate * config.schedule.factor(epoch, config.max_epochs)
+        learning_rate = config.learning_rate * config.schedule.factor(
+            step, self.task.steps_per_epoch, config.max_epochs, self._validation_losses()
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.model.train()
@@ -132,6 +133,12 @@ class Trainer:
         self._state = tuple(tensor.detach() for tensor in state)
         self._sums += torch.stack((loss.detach(), norm)).double()
         self.progress.step += 1
+
+    def _validation_losses(self) -> list[float]:
+        """The selection metric of every epoch so far, negated where higher is better."""
+        sign = 1.0 if self.task.mode == "min" else -1.0
+        name = f"validation/{self.task.metric}"
+        return [sign * report[name] for report in self.progress.reports]
 
     def _check_finite(self) -> None:
         loss, norm = self._sums.tolist()

@@ -57,4 +57,6 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
         return torch.optim.RMSprop(parameters, lr=config.learning_rate, alpha=0.9)
     if config.optimizer == "rmsprop_tensorflow":
         return TensorFlowRMSProp(parameters, lr=config.learning_rate)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=config.learning_rate)
     return torch.optim.Adam(parameters, lr=config.learning_rate)

@@ -190,7 +190,7 @@ def test_initial_weights(cell_type: Any) -> None:
     cell = cell_type(input_size, size, dtype=torch.float64)
 
     expected = 0.05 * torch.eye(size, dtype=torch.float64)
-    torch.testing.assert_close(cell.weight_hh.detach(), expected, rtol=0, atol=0)
+    torch.testing.assert_close(cell.weight_hh.detach(), expected, rtol=0, atol=1e-12)
     assert torch.equal(cell.bias.detach(), torch.zeros(size, dtype=torch.float64))
     assert torch.equal(cell.norm.gain.detach(), torch.ones(size, dtype=torch.float64))
     assert torch.equal(cell.norm.shift.detach(), torch.zeros(size, dtype=torch.float64))
@@ -205,7 +205,7 @@ def test_initial_weights(cell_type: Any) -> None:
 def test_the_layer_norm_epsilon_is_a_thousandth() -> None:
     cell = FastWeightsCell(1, 4, dtype=torch.float64)
     with torch.no_grad():
-        cell.weight_ih.copy_(0.01 * torch.tensor([[-1.0], [-1.0], [1.0], [1.0]]))
+        cell.weight_ih.copy_(0.01 * torch.tensor([[-1.0], [-1.0], [1.0], [1.0]]).double())
         output, _ = cell(torch.ones(1, 1, dtype=torch.float64))
 
     # variance 1e-4: with an epsilon of 1e-5 these would be 0.95

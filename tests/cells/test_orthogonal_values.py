@@ -20,7 +20,6 @@ STEPS, BATCH = 9, 3
 
 # size, options of the orthogonal matrix
 PRODUCTS: list[tuple[int, dict[str, Any]]] = [
-    (1, {}),
     (2, {}),
     (3, {}),
     (6, {}),
@@ -164,7 +163,7 @@ def test_the_last_unit_is_lost_between_layers_and_not_only_at_the_end() -> None:
         (50, {}, [25, 24]),
         (7, {"capacity": 3}, [3, 3, 3]),
         (256, {"style": "fft"}, [128] * 8),
-        (1, {}, [0, 0]),
+        (2, {}, [1, 0]),
     ],
 )
 def test_number_of_angles(size: int, options: dict[str, Any], expected: list[int]) -> None:
@@ -201,6 +200,13 @@ def test_an_unknown_style_and_no_layers_are_refused(kind: type) -> None:
         kind(4, 6, style="butterfly")
     with pytest.raises(ConfigError, match="capacity"):
         kind(4, 6, capacity=0)
+
+
+@pytest.mark.parametrize("style", ["tunable", "fft"])
+@every_cell
+def test_a_single_unit_has_nothing_to_turn_with(kind: type, style: str) -> None:
+    with pytest.raises(ConfigError, match="hidden_size"):
+        kind(4, 1, style=style)
 
 
 @pytest.mark.parametrize(("size", "options"), [(6, {"capacity": 3}), (8, {"style": "fft"})])
