@@ -11,6 +11,7 @@ from pathlib import Path
 from rum.checks import check_choice, check_file_name
 from rum.errors import ConfigError
 from rum.experiment import ExperimentConfig, check_device, parameter_count, run_experiment
+from rum.setting import PublishedConfig
 from rum.tasks import Task
 from rum.training.checkpoint import CheckpointStore
 from rum.training.loop import Progress, Report
@@ -33,15 +34,18 @@ class TrackingConfig:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(ExperimentConfig):
+class TrainConfig(ExperimentConfig, PublishedConfig):
     """Options of `pipelines/train.py`."""
 
     name: str | None = None
-    """Of the run and its folder; null makes one from task, corpus and model."""
+    """Of the run and its folder; null makes one from the published setting, if `experiment=`
+    chose one, else from task, corpus and model."""
     data_dir: str | None = None
     """Where corpora are looked for first."""
     output_dir: str = "outputs"
     """Everything that is written goes below."""
+    dry_run: bool = False
+    """Say the parameter count and the baselines, then stop."""
     resume: str = "no"
     """"no", or "yes": go on from the run's last checkpoint."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -54,7 +58,10 @@ class TrainConfig(ExperimentConfig):
 
     def folder(self, task: Task) -> Path:
         """The run's folder."""
-        name = self.name or f"{task_slug(task, self.task.name)}-{self.model.name}"
+        name = f"{task_slug(task, self.task.name)}-{self.model.name}"
+        if self.setting.name is not None:
+            name = f"{self.setting.name.replace('/', '-')}-{self.profile.name}"
+        name = self.name or name
         return Path(self.output_dir).absolute() / "runs" / name
 
 
@@ -74,7 +81,7 @@ Recorder = Callable[["TrainConfig"], AbstractContextManager[Callable[[Report], N
 
 
 def train(config: TrainConfig, write: Callable[[str], None], recorder: Recorder) -> Progress:
-    """Trains one model.
+    """Trains one model, or with `dry_run` says how large it would be.
 
     Args:
         config: The run.
@@ -88,14 +95,16 @@ def train(config: TrainConfig, write: Callable[[str], None], recorder: Recorder)
     check_device(config.training.device)
     task = load_task(config)
     folder = config.folder(task)
+    if config.dry_run:
+        _introduce(config, task, folder, write)
+        write("Dry run: nothing was started.")
+        return Progress()
     exists = CheckpointStore(folder).last() is not None
     if exists and config.resume == "no":
         raise ConfigError(f"run {folder} exists: go on with resume=yes, or choose name=...")
     if not exists and config.resume == "yes":
         raise ConfigError(f"resume=yes, but {folder} has no checkpoint")
-    write(f"{folder}: {parameter_count(config.model, task):,} parameters, {task.protocol}")
-    for name, value in task.baselines().items():
-        write(f"  {name} baseline: {value:.4f} {task.metric}")
+    _introduce(config, task, folder, write)
     line = _ProgressLine()
 
     def show(metrics: Report) -> None:
@@ -116,6 +125,20 @@ def train(config: TrainConfig, write: Callable[[str], None], recorder: Recorder)
         progress = run_experiment(config, task, folder, report, on_step=line.show)
     write(f"best validation {task.metric}: {progress.best_value:.4f}; checkpoints in {folder}")
     return progress
+
+
+def _introduce(
+    config: TrainConfig, task: Task, folder: Path, write: Callable[[str], None]
+) -> None:
+    """Says what is trained, and what its results will be compared with."""
+    write(f"{folder}: {parameter_count(config.model, task):,} parameters, {task.protocol}")
+    for name, value in task.baselines().items():
+        write(f"  {name} baseline: {value:.4f} {task.metric}")
+    setting = config.setting
+    if setting.name is not None:
+        write(f"  setting {setting.name} (version {setting.version}), from: {setting.source}")
+    if setting.published is not None:
+        write(f"  published for {setting.row}: {setting.metric} {setting.published:g}")
 
 
 class _ProgressLine:

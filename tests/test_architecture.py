@@ -69,7 +69,8 @@ MAY_IMPORT = {
         "training",
         *LOW,
     },
-    "train.py": {"experiment", "tasks", "training", *LOW},
+    "setting.py": {"checks"},
+    "train.py": {"experiment", "setting", "tasks", "training", *LOW},
 }
 
 

@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from rum.cells import (
+    CellConfig,
+    FastWeightsConfig,
     FSLSTMConfig,
     FSRUMConfig,
+    GORUCellConfig,
+    GORUConfig,
+    GRUCellConfig,
+    GRUConfig,
     LSTMCellConfig,
     LSTMConfig,
     ModelConfig,
@@ -61,6 +67,13 @@ PENN_TREEBANK_SIZES = ModelSizes(
 )
 COPYING_SIZES = ModelSizes(
     vocab_size=10, num_classes=9, embedding_size=None, initialization="uniform"
+)
+RECALL_SIZES = ModelSizes(
+    vocab_size=36,
+    num_classes=10,
+    embedding_size=None,
+    initialization="uniform",
+    answers_last=True,
 )
 PENN_TREEBANK = [
     ("RUM 2000", lambda bias: penn_treebank_rum(2000, 1, bias), 8_890_450, 8_892_450),
@@ -125,6 +138,32 @@ def test_babi_cells_have_the_specified_size(
     config: RUMCellConfig | LSTMCellConfig, expected: int
 ) -> None:
     assert count_parameters(config.build(64, device="meta")) == expected
+
+
+BASELINES = {
+    "copying GRU": (GRUConfig(hidden_size=250), COPYING_SIZES, 198_009),
+    "copying GORU": (GORUConfig(hidden_size=250), COPYING_SIZES, 135_758),
+    "bAbI GRU": (GRUCellConfig(hidden_size=256), None, 246_528),
+    "bAbI GORU": (GORUCellConfig(hidden_size=256, style="fft"), None, 182_016),
+    "recall LSTM": (LSTMConfig(hidden_size=50), RECALL_SIZES, 17_910),
+    "recall GORU": (GORUConfig(hidden_size=50), RECALL_SIZES, 11_109),
+    "recall RUM": (RUMConfig(hidden_size=50, lambda_=1), RECALL_SIZES, 11_060),
+    "recall FW-LN": (FastWeightsConfig(hidden_size=50), RECALL_SIZES, 4_960),
+}
+
+
+@pytest.mark.parametrize(("config", "sizes", "expected"), BASELINES.values(), ids=BASELINES)
+def test_models_to_compare_with_have_the_specified_size(
+    config: ModelConfig | CellConfig, sizes: ModelSizes | None, expected: int
+) -> None:
+    if sizes is None:
+        assert isinstance(config, CellConfig)
+        model = config.build(64, device="meta")
+    else:
+        assert isinstance(config, ModelConfig)
+        model = build_on_meta(config, sizes)
+
+    assert count_parameters(model) == expected
 
 
 def test_count_leaves_frozen_parameters_out() -> None:

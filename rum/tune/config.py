@@ -6,6 +6,7 @@ from typing import Any
 from rum.checks import check_at_least, check_choice, check_file_name, check_positive
 from rum.errors import ConfigError
 from rum.experiment import ExperimentConfig
+from rum.setting import PublishedConfig
 from rum.train import TrackingConfig
 
 SAMPLERS = ("random", "tpe")
@@ -97,7 +98,7 @@ class SearchOptions:
 
 
 @dataclass(kw_only=True)
-class SearchConfig(ExperimentConfig):
+class SearchConfig(ExperimentConfig, PublishedConfig):
     """Options of `pipelines/tune_*.py`: an experiment and what is searched around it."""
 
     space: dict[str, Domain] = field(default_factory=dict)

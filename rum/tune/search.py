@@ -227,7 +227,11 @@ def conduct(
         experiment_id,
         study.name,
         task,
-        {**common_tags(task, config.task.name), "rum.command": config.command},
+        {
+            **common_tags(task, config.task.name),
+            **config.published_tags(),
+            "rum.command": config.command,
+        },
         flatten(
             {"search": config.search, "sampler": config.sampler, "scheduler": config.scheduler}
         ),

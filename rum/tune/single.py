@@ -31,7 +31,11 @@ def record_run(config: TrainConfig) -> Iterator[Callable[[Report], None]]:
         experiment_id,
         f"run/{folder.name}",
         task,
-        {**common_tags(task, config.task.name), **trial_tags(config)},
+        {
+            **common_tags(task, config.task.name),
+            **trial_tags(config),
+            **config.published_tags(),
+        },
         flatten(plain),
         study_id=_own_id(folder, is_resumed=config.resume == "yes"),
     )
