@@ -1,5 +1,6 @@
 """Everything below search_spaces/ composes, fits the typed options, and is used."""
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ from rum.cells import MODELS
 from rum.configs import register_configs
 from rum.errors import ConfigError
 from rum.experiment import ExperimentConfig
+from rum.models import ModelSizes, build_on_meta, count_parameters
 from rum.parameters import flatten
-from rum.tasks import CharacterLMConfig
+from rum.setting import ProfileConfig
+from rum.tasks import TASKS, CharacterLMConfig
 from rum.train import TrainConfig
 from rum.tune.config import (
     SAMPLERS,
@@ -32,7 +35,12 @@ from rum.tune.space import apply, check_space, suggest
 ROOT = Path(__file__).parents[1] / "search_spaces"
 PRIMARIES = sorted(path.stem for path in ROOT.glob("*.yaml") if path.stem != "pipeline")
 SPACES = sorted(path.stem for path in (ROOT / "space").glob("*.yaml"))
+EXPERIMENTS = sorted(
+    path.relative_to(ROOT / "experiment").with_suffix("").as_posix()
+    for path in (ROOT / "experiment").rglob("*.yaml")
+)
 PRESETS = sorted(path.stem for path in (ROOT / "preset").glob("*.yaml"))
+FIGURES = ("figure2", "figure4", "figure6")
 REQUIRED = {"resume": ["study=s"], "evaluate": ["checkpoint=c"]}
 
 
@@ -49,8 +57,11 @@ def options(primary: str, *overrides: str) -> Any:
 
 
 def search(space: str) -> SearchConfig:
-    model, preset = space.split("__")
-    config = options("tune_ptb", f"model={model}", f"preset={preset}")
+    """The search that takes a space by default; for `memory` that of bAbI: every model does it."""
+    model, variant = space.split("__")
+    pipeline = "tune_babi" if variant == "memory" else "tune_ptb"
+    preset = "quick" if variant == "memory" else variant
+    config = options(pipeline, f"model={model}", f"preset={preset}")
     assert isinstance(config, SearchConfig)
     return config
 
@@ -66,7 +77,7 @@ def test_each_pipeline_has_a_primary_configuration() -> None:
 @pytest.mark.parametrize(
     ("primary", "schema"),
     [
-        ("tune_ptb", SearchConfig),
+        *((f"tune_{task}", SearchConfig) for task in ("ptb", "copying", "recall", "babi")),
         ("train", TrainConfig),
         ("resume", ResumeConfig),
         ("evaluate", EvaluateConfig),
@@ -91,14 +102,196 @@ def test_every_folder_is_a_group_of_options_that_some_pipeline_has() -> None:
         for primary in PRIMARIES
         for entry in OmegaConf.load(ROOT / f"{primary}.yaml").defaults
         if not isinstance(entry, str)
-        for group in entry
+        for group in (name.removeprefix("optional ") for name in entry)
         if "/" not in group
     }
     assert {path.name for path in ROOT.iterdir() if path.is_dir()} == used - {"model", "task"}
 
 
-def test_every_model_has_a_space_for_every_preset() -> None:
-    assert sorted(f"{model}__{preset}" for model in MODELS for preset in PRESETS) == SPACES
+def test_every_model_has_a_space_and_every_space_a_model() -> None:
+    assert {space.split("__")[0] for space in SPACES} == set(MODELS)
+    assert {space.split("__")[1] for space in SPACES} == {*PRESETS, "memory"}
+
+
+def test_the_family_of_the_paper_has_a_space_everywhere() -> None:
+    everywhere = {f"{model}__{kind}" for model in ("rum", "lstm", "gru") for kind in PRESETS}
+    assert everywhere | {"rum__memory", "lstm__memory", "gru__memory"} <= set(SPACES)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_budget_for_every_preset(task: str, preset: str) -> None:
+    assert (ROOT / "budget" / f"{task}__{preset}.yaml").is_file()
+
+
+# Published settings
+
+
+@pytest.mark.parametrize("profile", ["reference", "paper"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_published_setting_composes_and_says_what_it_is(experiment: str, profile: str) -> None:
+    config = options("train", f"experiment={experiment}", f"profile={profile}")
+    assert isinstance(config, TrainConfig)
+    assert (config.setting.name, config.profile.name) == (experiment, profile)
+    assert config.setting.version == 1
+    assert config.setting.row
+    assert (config.setting.published is None) == (config.setting.metric is None)
+    text = (ROOT / "experiment" / f"{experiment}.yaml").read_text()
+    assert f"python pipelines/train.py experiment={experiment}\n" in text
+    assert f"source: {config.setting.source}\n" in text
+
+
+PIPELINE = {
+    "copying": "tune_copying",
+    "recall": "tune_recall",
+    "babi": "tune_babi",
+    "character_lm": "tune_ptb",
+}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_published_setting_can_be_searched(experiment: str) -> None:
+    single = options("train", f"experiment={experiment}")
+    pipeline = PIPELINE[single.task.name]
+    spaces = [s for s in SPACES if s.split("__")[0] == single.model.name]
+    space = next(s for s in spaces if pipeline != "tune_ptb" or not s.endswith("memory"))
+    config = options(pipeline, f"experiment={experiment}", f"space={space}")
+    assert (config.model, config.task, config.training) == (
+        single.model,
+        single.task,
+        single.training,
+    )
+    check_space(config, config.space)
+
+
+def test_there_is_a_setting_for_every_row_and_curve() -> None:
+    count = {
+        part: sum(name.startswith(f"{part}/") for name in EXPERIMENTS)
+        for part in ("table1", "table2", "table3", "table4", "table7", *FIGURES)
+    }
+    assert count == {
+        "table1": 5 * 2,  # systems, T = 30 and 50
+        "table2": 4,
+        "table3": 9,
+        "table4": 4,  # columns; task.subtask chooses the row
+        "table7": 8,
+        "figure2": 6 * 3,  # curves, panels
+        "figure4": 3,
+        "figure6": 10,
+    }
+
+
+def test_published_numbers_are_those_of_the_paper() -> None:
+    """From tables 1-3 and 7 of the paper, typed again."""
+    expected = {
+        "table1/lstm_30": 0.256,
+        "table1/lstm_50": 0.205,
+        "table1/goru_30": 0.218,
+        "table1/goru_50": 0.189,
+        "table1/fw_ln_30": 1.0,
+        "table1/fw_ln_50": 0.208,
+        "table1/weinet_reconstructed_30": 1.0,
+        "table1/weinet_reconstructed_50": 1.0,
+        "table1/rum_30": 1.0,
+        "table1/rum_50": 1.0,
+        "table2/lstm": 0.49,
+        "table2/goru": 0.60,
+        "table2/memn2n": 0.86,
+        "table2/rum": 0.732,
+        "table3/zoneout_lstm": 1.27,
+        "table3/rum_2000": 1.28,
+        "table3/rum_1500_2_layers": 1.26,
+        "table3/hm_lstm": 1.24,
+        "table3/hyper_lstm": 1.219,
+        "table3/nas": 1.214,
+        "table3/fs_lstm_4": 1.193,
+        "table3/fs_lstm_2": 1.190,
+        "table3/fs_rum_2": 1.189,
+        "table7/fs_lstm_4": 1.193,
+        "table7/fs_lstm_2": 1.190,
+        "table7/fs_rum_2_1000_1000": 1.194,
+        "table7/fs_rum_2_1000_1200": 1.193,
+        "table7/fs_rum_2_900_1200": 1.192,
+        "table7/fs_rum_2_lr": 1.190,
+        "table7/fs_rum_2_800_1100": 1.189,
+        "table7/fs_rum_2": 1.189,
+    }
+    published = {
+        name: options("train", f"experiment={name}").setting.published for name in EXPERIMENTS
+    }
+    assert {k: v for k, v in published.items() if v is not None} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "parameters"),
+    [
+        # without the embedding bias, as counted in the specification; and with it
+        ("table3/rum_2000", (8_890_450, 8_892_450)),
+        ("table3/rum_1500_2_layers", (16_431_450, 16_434_450)),
+        ("table3/fs_rum_2", (11_247_450, 11_248_450)),
+        ("table7/fs_rum_2_800_1100", (14_187_250, 14_188_350)),
+        ("table7/fs_rum_2_900_1200", (17_467_050, 17_468_250)),
+        ("table7/fs_rum_2_1000_1000", (17_604_450, 17_605_450)),
+        ("table7/fs_rum_2_1000_1200", (19_886_050, 19_887_250)),
+        ("figure6/fs_rum_3", (8_818_450, 8_819_450)),
+        ("table3/fs_lstm_2", (7_225_050, 7_225_050)),
+        ("table3/fs_lstm_4", (6_565_050, 6_565_050)),
+    ],
+)
+@pytest.mark.parametrize("embedding_bias", [False, True])
+def test_settings_have_the_published_size(
+    experiment: str, parameters: tuple[int, int], embedding_bias: bool
+) -> None:
+    config = options(
+        "train",
+        f"experiment={experiment}",
+        f"profile.embedding_bias={str(embedding_bias).lower()}",
+    )
+    sizes = ModelSizes(
+        vocab_size=50, num_classes=50, embedding_size=128, initialization="orthogonal"
+    )
+    assert count_parameters(build_on_meta(config.model, sizes)) == parameters[embedding_bias]
+
+
+def test_profiles_set_every_option_and_differ_where_paper_and_code_do() -> None:
+    reference, paper = (
+        flatten(options("train", f"profile={name}").profile) for name in ("reference", "paper")
+    )
+    for name in ("reference", "paper"):
+        given = OmegaConf.load(ROOT / "profile" / f"{name}.yaml")
+        assert set(given) == {field.name for field in dataclasses.fields(ProfileConfig)}
+    assert reference == flatten(ProfileConfig())
+    assert {name for name in reference if reference[name] != paper[name]} == {
+        "name",
+        "recall_optimizer",
+        "character_lm_schedule",
+        "character_lm_epochs",
+        "rum_dropout",
+        "babi_epochs",
+        "goru_zero_last_unit",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "option", "expected"),
+    [
+        (["task=recall"], "training.optimizer", "adam"),
+        (["task=recall", "profile=paper"], "training.optimizer", "rmsprop_tensorflow"),
+        (["task=recall", "profile.recall_optimizer=rmsprop"], "training.optimizer", "rmsprop"),
+        (["task=copying"], "training.optimizer", "rmsprop_tensorflow"),
+        (["task=copying"], "training.max_grad_norm", None),
+        (["task=character_lm", "model=rum"], "training.max_grad_norm", 1.0),
+        (["experiment=table3/rum_2000"], "model.dropout", 0.0),
+        (["experiment=table3/rum_2000", "profile=paper"], "model.dropout", 0.35),
+        (["experiment=table3/fs_rum_2"], "training.schedule.name", "drop"),
+        (["experiment=table3/fs_rum_2", "profile=paper"], "training.schedule.name", "table6"),
+        (["experiment=table1/goru_50"], "model.zero_last_unit", True),
+        (["experiment=table1/goru_50", "profile=paper"], "model.zero_last_unit", False),
+        (["experiment=table4/rum", "profile=paper"], "training.max_epochs", 28),
+    ],
+)
+def test_a_profile_reaches_the_option(overrides: list[str], option: str, expected: Any) -> None:
+    assert flatten(options("train", *overrides))[option] == expected
 
 
 # Spaces
@@ -121,8 +314,6 @@ def test_every_sample_of_a_space_is_a_valid_experiment_with_just_its_values(spac
     drawn = [suggest(study.ask(), config.space) for _ in range(200)]
     for values in drawn:
         assert flatten(apply(base, values)) == {**before, **values}
-    conditional = {name for name, domain in config.space.items() if domain.when}
-    assert conditional
     assert {name for values in drawn for name in values} == set(config.space)
     for name, domain in config.space.items():
         for values in drawn:
@@ -223,7 +414,7 @@ def test_the_commands_in_help_work(primary: str) -> None:
         cfg = compose(primary, [o.replace("<name>", "name") for o in overrides])
         for override in overrides:
             name, value = override.split("=", 1)
-            if name not in ("model", "task", "tracking", "preset"):
+            if name not in ("model", "task", "tracking", "preset", "experiment"):
                 expected = value.replace("<name>", "name")
                 assert str(OmegaConf.select(cfg, name)) in (expected, expected.capitalize())
         if primary not in REQUIRED or any(o.startswith("checkpoint=") for o in overrides):

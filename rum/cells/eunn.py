@@ -111,13 +111,13 @@ class OrthogonalProduct(nn.Module):
 def _tunable_pairs(size: int, capacity: int) -> list[tuple[Tensor, Tensor]]:
     pairs = []
     for layer in range(capacity):
-        first = torch.arange(layer % 2, size - 1, 2)
+        first = torch.arange(layer % 2, size - 1, 2, device="cpu")
         pairs.append((first, first + 1))
     return pairs
 
 
 def _fft_pairs(size: int) -> list[tuple[Tensor, Tensor]]:
-    units = torch.arange(size)
+    units = torch.arange(size, device="cpu")  # also while a model is built on meta
     pairs = []
     for layer in range(size.bit_length() - 1):
         distance = 2**layer

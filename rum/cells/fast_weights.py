@@ -70,7 +70,7 @@ class FastWeightsCell(Cell):
         bound = self.input_size**-0.5
         nn.init.uniform_(self.weight_ih, -bound, bound)
         with torch.no_grad():
-            self.weight_hh.copy_(SLOW_WEIGHT * torch.eye(self.hidden_size))
+            nn.init.eye_(self.weight_hh).mul_(SLOW_WEIGHT)
         nn.init.zeros_(self.bias)
 
     def initial_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:

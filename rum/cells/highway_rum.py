@@ -59,7 +59,8 @@ class HighwayRUMCell(Cell):
 
     def sample_noise(self, length: int, batch_size: int) -> Noise:
         """Draws the masks of every micro-step."""
-        return tuple(cell.sample_noise(length, batch_size) for cell in self._cells())
+        noise = tuple(cell.sample_noise(length, batch_size) for cell in self._cells())
+        return noise if any(masks for masks in noise) else ()
 
     def project(self, input: Tensor) -> Tensor:
         """The projections of all micro-steps side by side."""

@@ -16,9 +16,11 @@ from rum.cells.base import Cell, CellConfig, Noise, StackConfig, State, register
 from rum.cells.fast_weights import SLOW_WEIGHT
 from rum.cells.layer_norm import LayerNorm
 from rum.checks import check_at_least
+from rum.errors import ConfigError
 
 INITIAL_DECAY = 0.95
 INITIAL_RATE = 0.5
+DECAY_SPACING = 0.05
 
 
 class WeiNetCell(Cell):
@@ -31,7 +33,8 @@ class WeiNetCell(Cell):
     A_k = D_k * A_k + E_k * (h h')           element-wise, after it was read
     ```
 
-    It starts as `FastWeightsCell` with decay 0.95 and a rate of 0.5, shared among the memories.
+    With one memory it starts as `FastWeightsCell` with decay 0.95 and rate 0.5. Several start with
+    different decays: equal ones would get equal gradients and stay equal.
 
     Parameters: `weight_ih (N, input_size)`, `weight_hh (N, N)`, `bias (N,)`, `norm`,
     `memory_decay (K, N, N)` (D), `memory_rate (K, N, N)` (E).
@@ -65,13 +68,14 @@ class WeiNetCell(Cell):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As `FastWeightsCell`; every entry of D 0.95, of E 0.5 / K."""
+        """As `FastWeightsCell`; D 0.95, 0.9, ... by memory, every entry of E 0.5 / K."""
         bound = self.input_size**-0.5
         nn.init.uniform_(self.weight_ih, -bound, bound)
-        with torch.no_grad():
-            self.weight_hh.copy_(SLOW_WEIGHT * torch.eye(self.hidden_size))
         nn.init.zeros_(self.bias)
-        nn.init.constant_(self.memory_decay, INITIAL_DECAY)
+        with torch.no_grad():
+            nn.init.eye_(self.weight_hh).mul_(SLOW_WEIGHT)
+            for index, decay in enumerate(self.memory_decay):
+                decay.fill_(INITIAL_DECAY - index * DECAY_SPACING)
         nn.init.constant_(self.memory_rate, INITIAL_RATE / self.num_memories)
 
     def initial_state(self, batch_size: int, *, device: torch.device, dtype: torch.dtype) -> State:
@@ -106,13 +110,15 @@ class WeiNetCellConfig(CellConfig):
     hidden_size: int = 50
     """Size of the hidden state."""
     num_memories: int = 2
-    """K, >= 1; two give the published size (22k) with a 100-unit embedding."""
+    """K, 1 to 19; two give the published size (22k) with a 100-unit embedding."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError on a value that the cell does not accept."""
         super().__post_init__()
         check_at_least("hidden_size", self.hidden_size, 1)
         check_at_least("num_memories", self.num_memories, 1)
+        if INITIAL_DECAY - (self.num_memories - 1) * DECAY_SPACING <= 0:
+            raise ConfigError(f"num_memories must be at most 19, got {self.num_memories}")
 
     def build(
         self,

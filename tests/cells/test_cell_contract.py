@@ -36,6 +36,24 @@ SMALL_OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"hidden_size": 3, "zoneout": 0.3},
         {"hidden_size": 3, "eta": 0.7, "layer_norm": True, "activation": "tanh"},
         {"hidden_size": 3, "lambda_": 1.0, "zoneout": 0.3},
+        {"hidden_size": 3, "lambda_": 0.5},
+        {
+            "hidden_size": 3,
+            "lambda_": 0.3,
+            "lambda_trainable": True,
+            "layer_norm": True,
+            "eta": 1.0,
+        },
+    ],
+    "gru": [
+        {"hidden_size": 3},
+        {"hidden_size": 3, "reset_after": True, "initialization": "orthogonal"},
+    ],
+    "goru": [{"hidden_size": 4, "style": "fft"}, {"hidden_size": 3}],
+    "eunn": [{"hidden_size": 4, "style": "fft"}, {"hidden_size": 3, "capacity": 3}],
+    "highway_rum": [
+        {"rum": RUMCellConfig(hidden_size=3, zoneout=0.3), "depth": 3},
+        {"rum": RUMCellConfig(hidden_size=3, lambda_=1.0)},
     ],
     "lstm": [
         {"hidden_size": 3},
@@ -90,7 +108,7 @@ def build(name: str, options: dict[str, Any], dtype: torch.dtype = torch.float64
 
 def draw(*shape: int, seed: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def reached_state(cell: Cell, batch_size: int, dtype: torch.dtype = torch.float64) -> State:
@@ -442,7 +460,7 @@ def test_a_state_of_another_batch_is_refused(name: str, options: dict[str, Any])
     state = reached_state(cell, 5)
 
     for run, input in ((cell, draw(4, INPUT_SIZE)), (cell.unroll, draw(3, 4, INPUT_SIZE))):
-        with pytest.raises(ValueError, match=r"\[\(4, 3\).*got \[\(5, 3\)"):
+        with pytest.raises(ValueError, match=r"\[\(4, \d\).*got \[\(5, \d\)"):
             run(input, state)
 
 
@@ -497,7 +515,7 @@ REFUSED: list[tuple[type[ModelConfig], str, list[Any]]] = [
     (RUMConfig, "hidden_size", [0, -1, 2.0, True]),
     (RUMConfig, "eta", [0, 0.0, -1.0, NAN, math.inf]),
     (RUMConfig, "zoneout", [1.0, -0.1, NAN]),
-    (RUMConfig, "lambda_", [-1, 0.5, 2, NAN]),
+    (RUMConfig, "lambda_", [-1, 1e-6, 1.5, 2.5, NAN, float("inf")]),
     (RUMConfig, "activation", ["gelu", "ReLU", ""]),
     (RUMConfig, "layer_norm_gate", ["before", ""]),
     (RUMConfig, "num_layers", [0, -1, 1.5]),

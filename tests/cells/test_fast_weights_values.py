@@ -223,9 +223,18 @@ def test_one_learned_memory_starts_at_a_decay_of_095_and_a_rate_of_05() -> None:
     torch.testing.assert_close(cell.memory_rate.detach(), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("num_memories", [1, 2, 3])
-def test_weinet_starts_as_fast_weights(num_memories: int) -> None:
-    cell = WeiNetCell(4, 6, num_memories=num_memories, dtype=torch.float64)
+def test_memories_that_start_apart_become_more_different() -> None:
+    cell = WeiNetCell(4, 6, dtype=torch.float64)
+    apart = cell.memory_decay[0] - cell.memory_decay[1]
+    torch.testing.assert_close(apart, torch.full_like(apart, 0.05))
+    cell.unroll(normal(1, STEPS, BATCH, 4))[0].square().sum().backward()
+    for parameter in (cell.memory_decay, cell.memory_rate):
+        assert parameter.grad is not None
+        assert (parameter.grad[0] - parameter.grad[1]).abs().max() > 1e-6
+
+
+def test_weinet_with_one_memory_starts_as_fast_weights() -> None:
+    cell = WeiNetCell(4, 6, num_memories=1, dtype=torch.float64)
     fast = FastWeightsCell(4, 6, dtype=torch.float64)
     shared = {name: value for name, value in cell.state_dict().items() if "memory" not in name}
     fast.load_state_dict(shared)
