@@ -47,7 +47,7 @@ EXPERIMENTS: dict[str, tuple[ExperimentConfig, int]] = {
         ExperimentConfig(
             model=RUMConfig(hidden_size=50, lambda_=1),
             task=CopyingConfig(delay=30, batch_size=64, steps_per_epoch=200),
-            training=synthetic("rmsprop_tensorflow", max_epochs=20),
+            training=synthetic("rmsprop_tensorflow", max_epochs=60),
         ),
         3,
     ),

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rum.cells import MODELS
 from rum.errors import ConfigError, RumError
 from rum.parameters import flatten, nearest
+from rum.plugins import load_plugins
 from rum.tasks import TASKS
 from rum.train import TrainConfig
 from rum.tune.config import EvaluateConfig, ResumeConfig, SearchConfig
@@ -36,6 +37,7 @@ SCHEMAS = {
 
 def register_configs() -> None:
     """Makes every model and task an option of its group, and the schemas known by name."""
+    load_plugins()
     store = ConfigStore.instance()
     for group, registry in (("model", MODELS), ("task", TASKS)):
         for name, node in registry.items():
@@ -114,7 +116,8 @@ def run_pipeline(main: Callable[[], Any], config_name: str) -> None:
         main: The decorated function.
         config_name: Its primary configuration, for hints at misspelt options.
     """
-    register_configs()
+    with reported_errors():
+        register_configs()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints tracebacks and exits by itself
     if {"-m", "--multirun"} & set(sys.argv[1:]):
         sys.exit(

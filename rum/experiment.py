@@ -14,6 +14,7 @@ from rum.cells import MODELS, ModelConfig, StoryLayout
 from rum.errors import CheckpointError, ConfigError
 from rum.models import ModelSizes, build_model, build_on_meta, count_parameters
 from rum.parameters import from_plain
+from rum.plugins import load_plugins
 from rum.tasks import TASKS, Task, TaskConfig
 from rum.training.checkpoint import Checkpoint, CheckpointStore, load_state
 from rum.training.config import TrainingConfig
@@ -35,6 +36,7 @@ def experiment_from_plain(plain: Mapping[str, Any]) -> ExperimentConfig:
     Raises:
         ConfigError: If a name or value is not known to this version.
     """
+    load_plugins()
     sections: dict[str, Any] = {}
     registries: dict[str, Mapping[str, type]] = {"model": MODELS, "task": TASKS}
     for section, registry in registries.items():
