@@ -43,6 +43,29 @@ def rum_statistics(model: nn.Module, run: Callable[[], object]) -> dict[str, flo
     return statistics
 
 
+def rum_kernels(model: nn.Module) -> dict[str, Tensor]:
+    """The kernels that the paper draws (Figures 3, 7 and 8), as copies on the CPU.
+
+    Args:
+        model: Any module; also one read from a checkpoint with `rum.experiment.load_model`.
+
+    Returns:
+        For each RUM cell (from the second on with the suffix `_cell_2`, ...) `W_xh_target` and
+        `W_xh_update_gate` `(input_size, N)`, `W_hh_target` and `W_hh_update_gate` `(N, N)`, in
+        the released code's orientation: rows are what comes in, columns hidden units.
+    """
+    kernels: dict[str, Tensor] = {}
+    cells = [module for module in model.modules() if isinstance(module, RUMCell)]
+    for index, cell in enumerate(cells):
+        suffix = f"_cell_{index + 1}" if index else ""
+        size = cell.hidden_size
+        for gate, name in enumerate(("target", "update_gate")):
+            rows = slice(gate * size, (gate + 1) * size)
+            for kind, weight in (("xh", cell.weight_ih), ("hh", cell.weight_hh)):
+                kernels[f"W_{kind}_{name}{suffix}"] = weight[rows].detach().cpu().t().clone()
+    return kernels
+
+
 @contextmanager
 def _observed(cells: list[RUMCell], sums: "list[_Sums]") -> Iterator[None]:
     for cell, each in zip(cells, sums, strict=True):

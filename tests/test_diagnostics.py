@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rum.cells import FSRUMConfig, LSTMCellConfig, LSTMConfig, RUMCell, RUMCellConfig, RUMConfig
-from rum.diagnostics import rum_statistics
+from rum.diagnostics import rum_kernels, rum_statistics
 from rum.models import SequenceModel
 from rum.training.config import TrainingConfig
 
@@ -116,6 +116,28 @@ def test_nothing_is_run_without_a_rum_cell_and_nothing_stays_after_an_error() ->
     with pytest.raises(ZeroDivisionError):
         rum_statistics(net, lambda: 1 // 0)
     assert all(cell.observer is None for cell in net.recurrent.cells)
+
+
+def test_kernels_compute_target_and_gate_by_the_papers_equations() -> None:
+    net = model(RUMConfig(hidden_size=4, num_layers=2))
+    cell = net.recurrent.cells[0]
+    assert isinstance(cell, RUMCell)
+    seen = []
+    cell.observer = seen.append
+    net(symbols())
+    cell.observer = None
+    kernels = rum_kernels(net)
+    names = {f"W_{kind}_{gate}" for kind in ("xh", "hh") for gate in ("target", "update_gate")}
+    assert set(kernels) == names | {f"{name}_cell_2" for name in names}
+    assert kernels["W_xh_target"].shape == (3, 4)
+    assert kernels["W_xh_target_cell_2"].shape == (4, 4)
+    assert net.embedding is not None
+    x, h = net.embedding(symbols()[1]), seen[0].hidden
+    bias = cell.bias.detach()
+    target = x @ kernels["W_xh_target"] + h @ kernels["W_hh_target"] + bias[:4]
+    gate = x @ kernels["W_xh_update_gate"] + h @ kernels["W_hh_update_gate"] + bias[4:]
+    torch.testing.assert_close(seen[1].target, target, rtol=0, atol=1e-12)
+    torch.testing.assert_close(seen[1].update_gate, torch.sigmoid(gate), rtol=0, atol=1e-12)
 
 
 def test_diagnostics_are_on_by_default() -> None:

@@ -73,6 +73,10 @@ class Trainer:
         self.description = description
         self.optimizer = build_optimizer(model, config)
         self.progress = Progress()
+        # In every report, so that a curve's chart can show the line to beat beside it.
+        self._baselines = {
+            f"baseline/{name}_{task.metric}": value for name, value in task.baselines().items()
+        }
         self._state: tuple[Tensor, ...] | None = None
         self._sums = self._zero_sums()
 
@@ -166,6 +170,7 @@ class Trainer:
             **{f"train/{name}": x for name, x in task.training_metrics(mean_loss).items()},
             **{f"validation/{name}": x for name, x in validation.items()},
             f"validation/best_{task.metric}": best,
+            **self._baselines,
             "train/gradient_norm": mean_norm,
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
             **{f"diagnostics/{name}": x for name, x in self._diagnostics().items()},
