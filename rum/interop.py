@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rum.cells import LSTMCell, RUMCell
-from rum.layers import LSTM, RUM
+from rum.cells import GRUCell, LSTMCell, RUMCell
+from rum.layers import GRU, LSTM, RUM
 
 
 def rum_from_authors(
@@ -90,4 +90,38 @@ def lstm_from_torch(module: nn.LSTM) -> LSTM:
             cell.weight_hh.copy_(weights[f"weight_hh_l{index}"])
             if module.bias:
                 cell.bias.copy_(weights[f"bias_ih_l{index}"] + weights[f"bias_hh_l{index}"])
+    return layer.train(module.training)
+
+
+def gru_from_torch(module: nn.GRU) -> GRU:
+    """Builds a GRU that computes what `module` computes: `reset_after`, with a bias less a gate.
+
+    Raises:
+        ValueError: If `module` is bidirectional.
+    """
+    if module.bidirectional:
+        raise ValueError("module must be unidirectional")
+    layer = GRU(
+        module.input_size,
+        module.hidden_size,
+        module.num_layers,
+        batch_first=module.batch_first,
+        dropout=module.dropout,
+        reset_after=True,
+        device=module.weight_ih_l0.device,
+        dtype=module.weight_ih_l0.dtype,
+    )
+    weights = module.state_dict()
+    gates = slice(0, 2 * module.hidden_size)
+    with torch.no_grad():
+        for index, cell in enumerate(layer.cells):
+            assert isinstance(cell, GRUCell)
+            assert cell.hidden_bias is not None
+            cell.weight_ih.copy_(weights[f"weight_ih_l{index}"])
+            cell.weight_hh.copy_(weights[f"weight_hh_l{index}"])
+            cell.bias.zero_()
+            if module.bias:
+                cell.bias.copy_(weights[f"bias_ih_l{index}"])
+                cell.bias[gates] += weights[f"bias_hh_l{index}"][gates]
+                cell.hidden_bias.copy_(weights[f"bias_hh_l{index}"][gates.stop :])
     return layer.train(module.training)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rum.interop import lstm_from_torch, rum_from_authors
+from rum.interop import gru_from_torch, lstm_from_torch, rum_from_authors
 
 BATCH, STEPS, INPUT_SIZE, SIZE = 3, 6, 4, 5
 
@@ -162,3 +162,23 @@ def test_lstm_from_torch_keeps_mode_dtype_and_options(training: bool) -> None:
     assert layer.training is training
     assert all(cell.training is training for cell in layer.cells)
     assert (layer.batch_first, layer.dropout, layer.num_layers) == (True, 0.25, 2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_gru_from_torch_computes_the_same(num_layers: int, bias: bool) -> None:
+    torch.manual_seed(3)
+    module = torch.nn.GRU(INPUT_SIZE, SIZE, num_layers, bias=bias, batch_first=True).double()
+    input, start = draw(BATCH, STEPS, INPUT_SIZE), draw(num_layers, BATCH, SIZE)
+
+    with torch.no_grad():
+        output, (hidden,) = gru_from_torch(module)(input, (start,))
+        expected, expected_hidden = module(input, start)
+
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(hidden, expected_hidden, rtol=0, atol=1e-12)
+
+
+def test_gru_from_torch_refuses_two_directions() -> None:
+    with pytest.raises(ValueError, match="unidirectional"):
+        gru_from_torch(torch.nn.GRU(INPUT_SIZE, SIZE, bidirectional=True))
