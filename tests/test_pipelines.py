@@ -294,8 +294,10 @@ def test_evaluating_a_checkpoint_prints_both_splits(outcomes: Outcomes) -> None:
         "parameters",
         "validation/cross_entropy",
         "validation/accuracy",
+        "validation/answer_accuracy",
         "test/cross_entropy",
         "test/accuracy",
+        "test/answer_accuracy",
     }
     assert 0.5 < float(values["validation/cross_entropy"]) < 3.0
     assert values["validation/cross_entropy"] != values["test/cross_entropy"]

@@ -67,7 +67,13 @@ def tiny_config(output_dir: Path, *, resume: str, max_epochs: int = 2) -> TrainC
     return TrainConfig(
         model=RUMConfig(hidden_size=8),
         task=CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5),
-        training=TrainingConfig(max_epochs=max_epochs, threads=1),
+        training=TrainingConfig(  # search_spaces/training/copying.yaml
+            max_epochs=max_epochs,
+            threads=1,
+            optimizer="rmsprop_tensorflow",
+            learning_rate=0.001,
+            max_grad_norm=None,
+        ),
         output_dir=str(output_dir),
         resume=resume,
     )
@@ -249,7 +255,7 @@ def test_a_misspelt_option_is_refused_with_the_nearest(
     [
         ("model.eta=0", "eta must be a finite number > 0, got 0.0"),
         ("model.hidden_size=0", "hidden_size must be an integer >= 1, got 0"),
-        ("model.lambda_=-1", "lambda_ must be 0 or 1, got -1.0"),
+        ("model.lambda_=-1", "lambda_ must be in [0, 1] or a whole number >= 2, got -1.0"),
         ("training.learning_rate=0", "learning_rate must be a finite number > 0, got 0.0"),
         ("model.zoneout=1", "zoneout must be in [0, 1), got 1.0"),
     ],
@@ -269,7 +275,7 @@ def test_multirun_is_refused_with_the_reason(tmp_path: Path) -> None:
     assert everything_below(tmp_path) == []
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--cfg", "job", "task=character_lm")])
+@pytest.mark.parametrize("arguments", [("--help", "task=character_lm"), ("--cfg", "job", "task=character_lm")])
 def test_options_are_shown_on_request(arguments: tuple[str, ...], tmp_path: Path) -> None:
     done = pipeline(tmp_path, *arguments)
 
