@@ -36,7 +36,10 @@ GATE = {"model.layer_norm_gate": choice("post_sigmoid", "pre_sigmoid")}
         ({"model.hidden_size": number("int", 0, 9)}, "model.hidden_size = 0 .* >= 1, got 0"),
         ({"model.zoneout": number("float", 0, 1)}, r"model.zoneout = 1.* \[0, 1\), got 1"),
         ({"model.eta": number("float", 0, 1)}, "model.eta = 0.* > 0, got 0"),
-        ({"model.lambda_": choice(0, -1)}, "model.lambda_ = -1 .* must be in .0, 1. or a whole number"),
+        (
+            {"model.lambda_": choice(0, -1)},
+            "model.lambda_ = -1 .* must be in .0, 1. or a whole",
+        ),
         ({"model.lambda_": choice(0, "one")}, "'one' .* must be float"),
         ({"model.hidden_size": number("float", 1, 2)}, "must be int, got 1.0"),
         ({"model.layer_norm": choice(1)}, "must be bool, got 1"),
