@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from rum.kernels.fused import LAYER_NORM_EPS
+from rum.kernels.step import LAYER_NORM_EPS
 
 
 class LayerNorm(nn.Module):

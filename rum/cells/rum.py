@@ -33,7 +33,9 @@ from rum.functional import (
     time_normalize,
     zoneout,
 )
-from rum.kernels.fused import ACTIVATIONS, RecurrenceOptions, rum_recurrence
+from rum.kernels.fused import rum_recurrence
+from rum.kernels.memory import memory_recurrence
+from rum.kernels.step import ACTIVATIONS, RecurrenceOptions
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +114,9 @@ class RUMCell(Cell):
 
         Args:
             backend: "reference" (step by step; differentiable twice), "fused" (one autograd
-                function for a whole sequence, lambda = 0 only) or "auto": the fastest that can
-                serve the request, with the same results up to rounding.
+                function for a whole sequence; lambda = 0, or lambda = 1 without a gradient for
+                an initial memory) or "auto": the fastest that can serve the request, with the
+                same results up to rounding.
         """
         super().__init__()
         RUMCellConfig(  # checks the options
@@ -126,13 +129,15 @@ class RUMCell(Cell):
             activation=activation,
         )
         check_choice("backend", backend, BACKENDS)
-        if backend == "fused" and lambda_ != 0:
+        if backend == "fused" and (lambda_ not in (0, 1) or lambda_trainable):
             raise ConfigError(
-                f"backend 'fused' serves lambda_ = 0 only, got {lambda_}: use 'reference'"
+                f"backend 'fused' serves a fixed lambda_ of 0 or 1, got {lambda_}"
+                f"{' trainable' if lambda_trainable else ''}: use 'reference'"
             )
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.lambda_ = lambda_
+        self.lambda_trainable = lambda_trainable
         self.orthonormalize = orthonormalize
         if lambda_ > 1:
             warnings.warn(
@@ -254,9 +259,9 @@ class RUMCell(Cell):
 
     def unroll(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Runs a sequence on the backend in force; see `Cell.unroll`."""
-        if self._choose_backend(input) == "reference":
-            return super().unroll(input, state)
         state = self._begin(input, state)
+        if self._choose_backend(input, state) == "reference":
+            return super().unroll(input, state)
         noise = self.sample_noise(input.shape[0], input.shape[1])
         size = self.hidden_size
         from_input, embedded = torch.tensor_split(self.project(input), (2 * size,), -1)
@@ -268,35 +273,47 @@ class RUMCell(Cell):
                 self.candidate_norm.gain,
                 self.candidate_norm.shift,
             )
+        options = RecurrenceOptions(
+            activation=self.activation,
+            eta=self.eta,
+            layer_norm_gate=self.layer_norm_gate,
+            zoneout=self.zoneout,
+        )
+        dtype, weight, mask = self.weight_hh.dtype, self.weight_hh, first_mask(noise)
+        gates, embedded, hidden = from_input.to(dtype), embedded.to(dtype), state[0].to(dtype)
+        memory: State = ()
         with torch.autocast(input.device.type, enabled=False):
-            outputs = rum_recurrence(
-                from_input.to(self.weight_hh.dtype),
-                embedded.to(self.weight_hh.dtype),
-                state[0].to(self.weight_hh.dtype),
-                self.weight_hh,
-                norms,
-                first_mask(noise),
-                RecurrenceOptions(
-                    activation=self.activation,
-                    eta=self.eta,
-                    layer_norm_gate=self.layer_norm_gate,
-                    zoneout=self.zoneout,
-                ),
-            )
-        return outputs, ((outputs[-1],) if len(outputs) else state)
+            if self.lambda_ == 0:
+                outputs = rum_recurrence(gates, embedded, hidden, weight, norms, mask, options)
+            else:
+                outputs, last = memory_recurrence(
+                    gates, embedded, hidden, state[1].to(dtype), weight, norms, mask, options
+                )
+                memory = (last,)
+        return outputs, (outputs[-1] if len(outputs) else hidden, *memory)
 
-    def _choose_backend(self, input: Tensor) -> str:
+    def _choose_backend(self, input: Tensor, state: State) -> str:
         backend = self.backend
         if self.observer is not None:
             return "reference"  # the only one that computes what is observed
         if backend == "auto":
             # Half precision stays on the reference, which does norms and rotation in float32.
             full = self.weight_hh.dtype in (torch.float32, torch.float64)
-            backend = "fused" if self.lambda_ == 0 and full else "reference"
+            backend = "fused" if full and self._unserved(state) is None else "reference"
+        elif backend == "fused" and (reason := self._unserved(state)) is not None:
+            raise ConfigError(f"backend 'fused' {reason}: use 'reference'")
         if backend != self._logged_backend:
             self._logged_backend = backend
             logger.debug("RUM runs on backend %r (%s)", backend, input.device)
         return backend
+
+    def _unserved(self, state: State) -> str | None:
+        """Why the fused backend cannot serve a call; None where it can."""
+        if self.lambda_ not in (0, 1) or self.lambda_trainable:
+            return "serves a fixed lambda_ of 0 or 1"
+        if len(state) == 2 and torch.is_grad_enabled() and state[1].requires_grad:
+            return "gives no gradient to an initial associative memory"
+        return None
 
     def extra_repr(self) -> str:
         """Sizes and options, for `print(model)`."""
