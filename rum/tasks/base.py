@@ -79,7 +79,7 @@ class Task(ABC):
     steps_per_epoch: int
     checksum: str
     protocol: str
-    vocabulary: list[int]
+    vocabulary: list[int] | list[str]
     source: str
 
     @abstractmethod

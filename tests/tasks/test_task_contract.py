@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import pytest
@@ -9,10 +10,29 @@ import torch
 
 from rum.errors import ConfigError
 from rum.parameters import from_plain
-from rum.tasks import TASKS, Batch, CharacterLMConfig, CopyingConfig, Task, TaskConfig, Totals
+from rum.tasks import (
+    TASKS,
+    BabiConfig,
+    Batch,
+    CharacterLMConfig,
+    CopyingConfig,
+    RecallConfig,
+    Task,
+    TaskConfig,
+    Totals,
+)
 
 # Small configurations; a task that is not here is tested with its defaults and batches of 4.
 SMALL: dict[str, TaskConfig] = {
+    "babi": BabiConfig(subtask=15, edition="en", batch_size=4, steps_per_epoch=6),
+    "recall": RecallConfig(
+        length=6,
+        batch_size=4,
+        steps_per_epoch=6,
+        train_size=50,
+        validation_size=11,
+        test_size=9,
+    ),
     "character_lm": CharacterLMConfig(
         corpus="pydoc", batch_size=4, bptt_length=11, embedding_size=3, train_characters=600
     ),
@@ -23,6 +43,8 @@ SMALL: dict[str, TaskConfig] = {
 @pytest.fixture(params=sorted(TASKS))
 def config(request: pytest.FixtureRequest) -> TaskConfig:
     name: str = request.param
+    if name == "babi" and not os.environ.get("RUM_DATA_DIR"):
+        pytest.skip("RUM_DATA_DIR is not set: no bAbI here")
     return SMALL.get(name) or TASKS[name](batch_size=4)
 
 
@@ -49,12 +71,13 @@ def test_every_small_configuration_is_of_a_registered_task() -> None:
 
 def test_batches_are_numbers_of_symbols_and_classes(config: TaskConfig, task: Task) -> None:
     batches = [task.training_batch(step) for step in range(task.steps_per_epoch)]
+    assert {batch.input.shape[1] for batch in batches} == {config.batch_size}
     batches += evaluation(task)
     for batch in batches:
         assert batch.input.dim() == 2
-        assert batch.input.shape[1] == config.batch_size
+        assert 1 <= batch.input.shape[1] <= config.batch_size
         steps = 1 if task.answers_last else len(batch.input)
-        assert batch.target.shape == (steps, config.batch_size)
+        assert batch.target.shape == (steps, batch.input.shape[1])
         assert batch.input.dtype == batch.target.dtype == torch.long
         assert batch.input.min() >= 0
         assert batch.input.max() < task.vocab_size
