@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import rum.memory_network  # noqa: F401  # registers the one model that is not in rum.cells
 from rum.cells import MODELS, ModelConfig, StoryLayout
 from rum.errors import CheckpointError, ConfigError
 from rum.models import ModelSizes, build_model, build_on_meta, count_parameters

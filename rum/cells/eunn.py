@@ -196,7 +196,8 @@ class OrthogonalOptions(CellConfig):
     """Layers of the tunable style, >= 1; "fft" has its own number."""
     zero_last_unit: bool = False
     """Repeat a slip of the released code: for even N, odd layers of the tunable style
-    multiply the last unit by 0 instead of 1, so that the matrix is singular."""
+    multiply the last unit by 0 instead of 1, so that the matrix is singular. Of no effect for
+    "fft"."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError on a value that the cell does not accept."""
@@ -208,8 +209,6 @@ class OrthogonalOptions(CellConfig):
             raise ConfigError(
                 f"hidden_size must be a power of two for style 'fft', got {self.hidden_size}"
             )
-        if self.zero_last_unit and self.style == "fft":
-            raise ConfigError("zero_last_unit belongs to style 'tunable', got style 'fft'")
 
     def build(
         self,

@@ -215,12 +215,7 @@ def _download_archive(target: Path) -> None:
         archive = Path(scratch) / ARCHIVE.name
         download(ARCHIVE, archive)
         with tarfile.open(archive) as tar:
-            wanted = [
-                member
-                for member in tar.getmembers()
-                if re.fullmatch(
-                    rf"{FOLDER}/(en|en-10k)/qa\d+_[a-z-]+_(train|test)\.txt", member.name
-                )
-            ]
+            story = re.compile(rf"{FOLDER}/(en|en-10k)/qa\d+_[a-z-]+_(train|test)\.txt")
+            wanted = [member for member in tar.getmembers() if story.fullmatch(member.name)]
             tar.extractall(scratch, members=wanted, filter="data")
         os.replace(Path(scratch) / FOLDER, target)
