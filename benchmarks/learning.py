@@ -25,10 +25,14 @@ RESULTS = Path(__file__).parents[1] / "results" / "learning.json"
 KEPT = ("step", "train/", "validation/")
 
 
-def synthetic(optimizer: str, **options: Any) -> TrainingConfig:
-    """The released training of the synthetic tasks."""
+def synthetic(optimizer: str, *, max_epochs: int, learning_rate: float = 0.001) -> TrainingConfig:
+    """The released training of the synthetic tasks, unless another rate is given."""
     return TrainingConfig(
-        optimizer=optimizer, learning_rate=0.001, max_grad_norm=None, diagnostics=False, **options
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        max_grad_norm=None,
+        max_epochs=max_epochs,
+        diagnostics=False,
     )
 
 
@@ -46,8 +50,8 @@ EXPERIMENTS: dict[str, tuple[ExperimentConfig, int]] = {
     "copying_rum_lambda1_T30": (
         ExperimentConfig(
             model=RUMConfig(hidden_size=50, lambda_=1),
-            task=CopyingConfig(delay=30, batch_size=64, steps_per_epoch=200),
-            training=synthetic("rmsprop_tensorflow", max_epochs=60),
+            task=CopyingConfig(delay=30, batch_size=32, steps_per_epoch=200),
+            training=synthetic("rmsprop_tensorflow", max_epochs=60, learning_rate=0.003),
         ),
         3,
     ),

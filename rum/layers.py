@@ -16,7 +16,11 @@ from rum.cells import (
     GORUCell,
     GRUCell,
     HighwayRUMCell,
+    HMLSTMCell,
+    HyperLSTMCell,
     LSTMCell,
+    NASCell,
+    NTMCell,
     RUMCell,
     RUMCellConfig,
     State,
@@ -270,6 +274,33 @@ class WeiNet(_Stack):
     """
 
     cell_type = WeiNetCell
+
+
+class NAS(_Stack):
+    """A multi-layer NASCell; options of `rum.cells.NASCell`. State: `(h, c)`."""
+
+    cell_type = NASCell
+
+
+class HyperLSTM(_Stack):
+    """A multi-layer HyperLSTM; options of `rum.cells.HyperLSTMCell`.
+
+    State: `(h, c, h of the hyper cell, c of the hyper cell)`.
+    """
+
+    cell_type = HyperLSTMCell
+
+
+class HMLSTM(_Stack):
+    """A multi-layer hierarchical multiscale LSTM; options and state of `rum.cells.HMLSTMCell`."""
+
+    cell_type = HMLSTMCell
+
+
+class NTM(_Stack):
+    """A multi-layer Neural Turing Machine; options and state of `rum.cells.NTMCell`."""
+
+    cell_type = NTMCell
 
 
 class FastSlowRNN(RecurrentLayer):

@@ -29,6 +29,10 @@ LAYERS = {
     "eunn": lambda: rum.EUNN(INPUT_SIZE, 4),
     "fast-weights": lambda: rum.FastWeights(INPUT_SIZE, 4),
     "weinet": lambda: rum.WeiNet(INPUT_SIZE, 4),
+    "nas": lambda: rum.NAS(INPUT_SIZE, 4, num_layers=2),
+    "hyper-lstm": lambda: rum.HyperLSTM(INPUT_SIZE, 4, hyper_size=2),
+    "hm-lstm": lambda: rum.HMLSTM(INPUT_SIZE, 4),
+    "ntm": lambda: rum.NTM(INPUT_SIZE, 4, memory_size=5, memory_width=2),
     "highway": lambda: rum.HighwayRUM(INPUT_SIZE, RUMCellConfig(hidden_size=4)),
     "fs-rum": lambda: rum.FastSlowRNN(
         INPUT_SIZE,

@@ -17,7 +17,11 @@ from rum.cells.fast_weights import FastWeightsCell, FastWeightsCellConfig, FastW
 from rum.cells.goru import GORUCell, GORUCellConfig, GORUConfig
 from rum.cells.gru import GRUCell, GRUCellConfig, GRUConfig
 from rum.cells.highway_rum import HighwayRUMCell, HighwayRUMCellConfig, HighwayRUMConfig
+from rum.cells.hm_lstm import HMLSTMCell, HMLSTMCellConfig, HMLSTMConfig
+from rum.cells.hyper_lstm import HyperLSTMCell, HyperLSTMCellConfig, HyperLSTMConfig
 from rum.cells.lstm import LSTMCell, LSTMCellConfig, LSTMConfig
+from rum.cells.nas import NASCell, NASCellConfig, NASConfig
+from rum.cells.ntm import NTMCell, NTMCellConfig, NTMConfig
 from rum.cells.rum import RUMCell, RUMCellConfig, RUMConfig
 from rum.cells.weinet import WeiNetCell, WeiNetCellConfig, WeiNetConfig
 
@@ -40,13 +44,25 @@ __all__ = [
     "GRUCell",
     "GRUCellConfig",
     "GRUConfig",
+    "HMLSTMCell",
+    "HMLSTMCellConfig",
+    "HMLSTMConfig",
     "HighwayRUMCell",
     "HighwayRUMCellConfig",
     "HighwayRUMConfig",
+    "HyperLSTMCell",
+    "HyperLSTMCellConfig",
+    "HyperLSTMConfig",
     "LSTMCell",
     "LSTMCellConfig",
     "LSTMConfig",
     "ModelConfig",
+    "NASCell",
+    "NASCellConfig",
+    "NASConfig",
+    "NTMCell",
+    "NTMCellConfig",
+    "NTMConfig",
     "RUMCell",
     "RUMCellConfig",
     "RUMConfig",
