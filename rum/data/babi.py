@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import os
 import re
+import sys
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ class Subtask:
 
 def tokenize(sentence: str) -> tuple[str, ...]:
     """Splits into words and punctuation marks; case is kept, blanks are dropped."""
-    return tuple(re.findall(r"\w+|[^\w\s]", sentence))
+    # One string for each different word: twenty tasks would take hundreds of megabytes otherwise.
+    return tuple(map(sys.intern, re.findall(r"\w+|[^\w\s]", sentence)))
 
 
 def file_name(number: int, split: str) -> str:
@@ -192,7 +194,7 @@ def _locate(edition: str, data_dir: Path | None) -> Path:
     ]
     cache = cache_folder() / FOLDER / edition
     for folder in [*candidates, cache]:
-        if any(folder.glob("qa*_*.txt")):
+        if _has_stories(folder):
             return folder.resolve()
     try:
         _download_archive(cache.parent)
@@ -208,9 +210,17 @@ def _locate(edition: str, data_dir: Path | None) -> Path:
     return cache.resolve()
 
 
+def _has_stories(folder: Path) -> bool:
+    return any(folder.glob("qa*_*.txt"))
+
+
 def _download_archive(target: Path) -> None:
-    """Downloads the archive and moves the stories of both editions to `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Downloads the archive and moves the stories of both editions to `target`.
+
+    An edition is moved as a whole, so that nobody sees half of it; where another process was
+    faster, its files stay.
+    """
+    target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         archive = Path(scratch) / ARCHIVE.name
         download(ARCHIVE, archive)
@@ -218,4 +228,9 @@ def _download_archive(target: Path) -> None:
             story = re.compile(rf"{FOLDER}/(en|en-10k)/qa\d+_[a-z-]+_(train|test)\.txt")
             wanted = [member for member in tar.getmembers() if story.fullmatch(member.name)]
             tar.extractall(scratch, members=wanted, filter="data")
-        os.replace(Path(scratch) / FOLDER, target)
+        for edition in (Path(scratch) / FOLDER).iterdir():
+            try:
+                os.replace(edition, target / edition.name)
+            except OSError:
+                if not _has_stories(target / edition.name):
+                    raise

@@ -89,6 +89,9 @@ class BabiTask(Task):
             f"accuracy of the answer; last tenth of the training questions; {len(subtasks)} "
             f"subtask{'s' if len(subtasks) > 1 else ''} of {config.edition}"
         )
+        absent = set(range(1, len(SUBTASKS) + 1)) - {subtask.number for subtask in subtasks}
+        if config.joint and absent:
+            self.protocol += f", without {', '.join(map(str, sorted(absent)))}"
 
     def training_batch(self, step: int) -> Batch:
         """The questions of update `step`: subtasks take turns, each goes round its own."""
@@ -168,7 +171,8 @@ class BabiConfig(TaskConfig):
     """bAbI question answering; the defaults are the released code's, for the first subtask.
 
     The released run ends after 4,000 updates (20 epochs of 200), the paper's after 20 passes
-    (5,625 updates), both tested with the last weights.
+    (5,625 updates), both tested with the last weights. With `joint`, 4,000 updates are 200 for
+    each of twenty subtasks: less than one pass (281.25).
     """
 
     name: str = "babi"
@@ -190,7 +194,7 @@ class BabiConfig(TaskConfig):
     def __post_init__(self) -> None:
         """Raises ConfigError on a value that the task does not accept."""
         super().__post_init__()
-        if isinstance(self.subtask, bool) or self.subtask not in range(1, len(SUBTASKS) + 1):
+        if type(self.subtask) is not int or not 1 <= self.subtask <= len(SUBTASKS):
             raise ConfigError(f"subtask must be an integer from 1 to 20, got {self.subtask!r}")
         check_choice("missing", self.missing, ("error", "skip"))
         if self.missing == "skip" and not self.joint:

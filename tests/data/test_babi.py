@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import shutil
+import subprocess
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,55 @@ TEXT = """\
 1 Sam is Bernhard's dog.
 2 What is Sam?\tdog\t1
 """
+
+# Different answers and longest story with question, training and test file of subtasks 1 to 20,
+# from the notes on the data; the test files of both editions are the same.
+NOTES = {
+    "en": (
+        ((6, 70), (6, 69)),
+        ((6, 348), (6, 557)),
+        ((6, 1341), (6, 1356)),
+        ((6, 23), (6, 23)),
+        ((7, 632), (7, 589)),
+        ((2, 162), (2, 92)),
+        ((4, 223), (4, 220)),
+        ((13, 286), (12, 363)),
+        ((2, 80), (2, 79)),
+        ((3, 92), (3, 90)),
+        ((6, 78), (6, 80)),
+        ((6, 90), (6, 90)),
+        ((6, 89), (6, 88)),
+        ((6, 121), (6, 120)),
+        ((4, 50), (4, 50)),
+        ((4, 46), (4, 46)),
+        ((2, 36), (2, 36)),
+        ((2, 129), (2, 139)),
+        ((12, 51), (12, 51)),
+        ((7, 76), (7, 75)),
+    ),
+    "en-10k": (
+        ((6, 72), (6, 69)),
+        ((6, 427), (6, 557)),
+        (None, (6, 1356)),
+        ((6, 23), (6, 23)),
+        ((7, 789), (7, 589)),
+        ((2, 162), (2, 92)),
+        ((4, 328), (4, 220)),
+        ((16, 314), (12, 363)),
+        ((2, 80), (2, 79)),
+        ((3, 95), (3, 90)),
+        ((6, 79), (6, 80)),
+        ((6, 91), (6, 90)),
+        ((6, 90), (6, 88)),
+        ((6, 123), (6, 120)),
+        ((4, 50), (4, 50)),
+        ((4, 46), (4, 46)),
+        ((2, 36), (2, 36)),
+        ((2, 179), (2, 139)),
+        ((12, 51), (12, 51)),
+        ((7, 76), (7, 75)),
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -84,25 +134,36 @@ def test_a_malformed_line_is_named(line: str) -> None:
     assert repr(line) in str(error.value)
 
 
-def test_real_files_have_the_published_numbers_of_questions(data_dir: Path) -> None:
-    for edition, count in (("en", 1000), ("en-10k", 10_000)):
-        subtasks, folder = load_subtasks((1, 8, 19), edition, data_dir, skip_missing=False)
-        assert folder.name == edition
-        assert [len(s.train) for s in subtasks] == [count] * 3
-        assert [len(s.test) for s in subtasks] == [1000] * 3
-        # answers of the training files, from the notes on the data
-        answers = [len({question.answer for question in s.train}) for s in subtasks]
-        assert answers == ([6, 16, 12] if edition == "en-10k" else [6, answers[1], 12])
-    longest = max(len(q.story) + len(q.question) for q in subtasks[0].train)
-    assert longest == 72
+@pytest.mark.parametrize(("edition", "count"), [("en", 1000), ("en-10k", 10_000)])
+def test_every_real_file_is_as_the_notes_on_the_data_say(
+    data_dir: Path, edition: str, count: int
+) -> None:
+    subtasks, folder = load_subtasks(tuple(range(1, 21)), edition, data_dir, skip_missing=True)
+    missing = {3} if edition == "en-10k" else set()
+    assert folder.name == edition
+    assert {s.number for s in subtasks} == set(range(1, 21)) - missing
+    assert len({s.sha256 for s in subtasks}) == len(subtasks)
+    for each in subtasks:
+        assert (len(each.train), len(each.test)) == (count, 1000)
+        found = tuple(
+            (
+                len({question.answer for question in questions}),
+                max(len(question.story) + len(question.question) for question in questions),
+            )
+            for questions in (each.train, each.test)
+        )
+        assert found == NOTES[edition][each.number - 1], each.number
 
 
-def test_every_file_that_is_there_has_its_published_checksum(data_dir: Path) -> None:
-    for edition in babi.EDITIONS:
-        subtasks, _ = load_subtasks(tuple(range(1, 21)), edition, data_dir, skip_missing=True)
-        missing = {3} if edition == "en-10k" else set()
-        assert {s.number for s in subtasks} == set(range(1, 21)) - missing
-        assert len({s.sha256 for s in subtasks}) == len(subtasks)
+def test_the_file_known_by_its_id_in_git_is_taken(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"en/{file_name(15, 'train')}"
+    command = ["git", "hash-object", "--no-filters", str(data_dir / babi.FOLDER / name)]
+    id = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    monkeypatch.setattr(babi, "_GIT_IDS", {name: id})
+    assert id.startswith("262658e38742")  # from the notes on the data
+    load_subtasks((15,), "en", data_dir, skip_missing=False)
 
 
 @pytest.mark.parametrize("numbers", [(3,), (1, 2, 3, 4)])
@@ -150,6 +211,53 @@ def test_without_files_and_network_the_error_says_where_they_belong(
         load_subtasks((1,), "en", tmp_path, skip_missing=False)
     for place in (tmp_path / babi.FOLDER / "en", tmp_path / "cache" / "rum" / babi.FOLDER / "en"):
         assert str(place) in str(error.value)
+
+
+def pack(path: Path, *editions: str) -> None:
+    with tarfile.open(path, mode="w:gz") as tar:
+        for edition in editions:
+            for split in ("train", "test"):
+                member = tarfile.TarInfo(f"{babi.FOLDER}/{edition}/{file_name(1, split)}")
+                member.size = len(TEXT)
+                tar.addfile(member, io.BytesIO(TEXT.encode()))
+
+
+def test_a_cache_that_another_process_filled_meanwhile_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache" / "rum" / babi.FOLDER
+
+    def others_are_faster(file: RemoteFile, path: Path) -> None:
+        for edition in babi.EDITIONS:
+            (cache / edition).mkdir(parents=True)
+            for split in ("train", "test"):
+                (cache / edition / file_name(1, split)).write_text(TEXT)
+        pack(path, *babi.EDITIONS)
+
+    sha256 = hashlib.sha256(TEXT.encode()).hexdigest()
+    known = {f"en/{file_name(1, split)}": sha256 for split in ("train", "test")}
+    monkeypatch.setattr(babi, "download", others_are_faster)
+    monkeypatch.setattr(babi, "_checksums", lambda: known)
+    (subtask,), folder = load_subtasks((1,), "en", None, skip_missing=False)
+    assert subtask.test == parse(TEXT, "")
+    assert folder == (cache / "en").resolve()
+    assert sorted(path.name for path in cache.parent.iterdir()) == [babi.FOLDER]  # nothing left
+
+
+def test_an_edition_that_is_gone_from_the_cache_is_had_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache" / "rum" / babi.FOLDER
+    (cache / "en-10k").mkdir(parents=True)
+    mine = cache / "en-10k" / file_name(1, "train")
+    mine.write_text("1 Untouched.\n")
+    sha256 = hashlib.sha256(TEXT.encode()).hexdigest()
+    known = {f"en/{file_name(1, split)}": sha256 for split in ("train", "test")}
+    monkeypatch.setattr(babi, "download", lambda file, path: pack(path, *babi.EDITIONS))
+    monkeypatch.setattr(babi, "_checksums", lambda: known)
+    (subtask,), _ = load_subtasks((1,), "en", None, skip_missing=False)
+    assert subtask.train == parse(TEXT, "")
+    assert mine.read_text() == "1 Untouched.\n"
 
 
 def test_the_archive_is_downloaded_once_and_only_stories_are_taken_out(

@@ -124,6 +124,8 @@ def test_initial_values_are_those_released() -> None:
     [
         ({"subtask": 0}, "subtask must be an integer from 1 to 20, got 0"),
         ({"subtask": 21}, "subtask must be an integer from 1 to 20, got 21"),
+        ({"subtask": 2.0}, "subtask must be an integer from 1 to 20, got 2.0"),
+        ({"subtask": True}, "subtask must be an integer from 1 to 20, got True"),
         ({"edition": "fr"}, r"edition must be one of \['en', 'en-10k'\], got 'fr'"),
         ({"missing": "skip"}, "missing = skip belongs to joint runs"),
         ({"missing": "maybe", "joint": True}, "missing must be one of"),
@@ -171,5 +173,24 @@ def test_joint_runs_report_the_absent_file_and_skip_only_when_told(data_dir: Pat
         config.load(seed=0, data_dir=data_dir)
     task = dataclasses.replace(config, missing="skip").load(seed=0, data_dir=data_dir)
     assert task.corpus == "joint19-en-10k"
-    assert "19 subtasks" in task.protocol
+    assert task.protocol.endswith("19 subtasks of en-10k, without 3")
+    # 178 symbols in lower case, from the notes on the data, and the blank
+    assert len({word.lower() for word in task.vocabulary}) == 179
     assert sum(b.target.numel() for b in task.evaluation_batches("test")) == 19_000
+
+
+def test_the_small_edition_is_complete(data_dir: Path) -> None:
+    task = BabiConfig(joint=True, edition="en").load(seed=0, data_dir=data_dir)
+    assert task.corpus == "joint20-en"
+    assert task.protocol.endswith("20 subtasks of en")
+    assert len({word.lower() for word in task.vocabulary}) == 177  # 176 and the blank
+    assert sum(b.target.numel() for b in task.evaluation_batches("validation")) == 20 * 100
+    assert sum(b.target.numel() for b in task.evaluation_batches("test")) == 20 * 1000
+    steps = [len(task.training_batch(step).input) for step in range(40)]
+    assert steps[:20] == steps[20:]
+    assert len(set(steps)) > 10  # each padded to its own longest story
+
+
+def test_a_missing_single_subtask_is_an_error(data_dir: Path) -> None:
+    with pytest.raises(DataError, match=r"qa3_three-supporting-facts_train\.txt"):
+        BabiConfig(subtask=3).load(seed=0, data_dir=data_dir)
