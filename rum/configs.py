@@ -134,6 +134,19 @@ def run_pipeline(main: Callable[[], Any], config_name: str) -> None:
         sys.exit(130)
 
 
+def _unknown_files(root: Path, chosen: list[tuple[str, str]]) -> list[str]:
+    """Names the nearest file for each choice of a group that has none of that name."""
+    hints = []
+    for group, name in chosen:
+        folder = root / group
+        known = sorted(
+            path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")
+        )
+        if known and name not in known:
+            hints.append(f"{group} has no {name!r}{nearest(name, known)}")
+    return hints
+
+
 def _hints(config_name: str) -> list[str]:
     """Names the nearest known option for each override that is not one."""
     root = Path(__file__).parents[1] / "search_spaces"
@@ -150,7 +163,7 @@ def _hints(config_name: str) -> list[str]:
         if not isinstance(o.value(), dict)
         and (o.key_or_group in ("model", "task") or (root / o.key_or_group).is_dir())
     ]
-    hints = []
+    hints = _unknown_files(root, [(o.key_or_group, str(o.value())) for o in groups])
     GlobalHydra.instance().clear()
     from hydra import initialize_config_dir
 
