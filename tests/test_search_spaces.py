@@ -261,6 +261,17 @@ def test_settings_have_the_published_size(
     assert count_parameters(build_on_meta(config.model, sizes)) == parameters[embedding_bias]
 
 
+@pytest.mark.parametrize(
+    ("experiment", "millions"), [("table3/hyper_lstm", 14.4), ("table3/nas", 16.3)]
+)
+def test_quoted_systems_have_the_quoted_size(experiment: str, millions: float) -> None:
+    config = options("train", f"experiment={experiment}", "profile=reference")
+    sizes = ModelSizes(
+        vocab_size=50, num_classes=50, embedding_size=128, initialization="orthogonal"
+    )
+    assert round(count_parameters(build_on_meta(config.model, sizes)) / 1e6, 1) == millions
+
+
 def test_profiles_set_every_option_and_differ_where_paper_and_code_do() -> None:
     reference, paper = (
         flatten(options("train", f"profile={name}").profile) for name in ("reference", "paper")
