@@ -11,9 +11,10 @@ from pathlib import Path
 from rum.checks import check_choice, check_file_name
 from rum.errors import ConfigError
 from rum.experiment import ExperimentConfig, check_device, parameter_count, run_experiment
+from rum.parameters import flatten
 from rum.setting import PublishedConfig
 from rum.tasks import Task
-from rum.training.checkpoint import CheckpointStore
+from rum.training.checkpoint import Checkpoint, CheckpointStore
 from rum.training.loop import Progress, Report
 
 
@@ -89,7 +90,8 @@ def train(config: TrainConfig, write: Callable[[str], None], recorder: Recorder)
         recorder: Entered when all is checked.
 
     Raises:
-        ConfigError: If the run exists and `resume` is "no", or does not exist and it is "yes".
+        ConfigError: If the run exists and `resume` is "no", or does not exist and it is "yes",
+            or exists with another seed.
         DataError: If the corpus is missing or altered.
     """
     check_device(config.training.device)
@@ -99,12 +101,15 @@ def train(config: TrainConfig, write: Callable[[str], None], recorder: Recorder)
         _introduce(config, task, folder, write)
         write("Dry run: nothing was started.")
         return Progress()
-    exists = CheckpointStore(folder).last() is not None
-    if exists and config.resume == "no":
+    last = CheckpointStore(folder).last()
+    if last is not None and config.resume == "no":
         raise ConfigError(f"run {folder} exists: go on with resume=yes, or choose name=...")
-    if not exists and config.resume == "yes":
+    if last is None and config.resume == "yes":
         raise ConfigError(f"resume=yes, but {folder} has no checkpoint")
+    changes = _changes(config, last) if last else []
     _introduce(config, task, folder, write)
+    for change in changes:
+        write(f"  {change}")
     line = _ProgressLine()
 
     def show(metrics: Report) -> None:
@@ -125,6 +130,23 @@ def train(config: TrainConfig, write: Callable[[str], None], recorder: Recorder)
         progress = run_experiment(config, task, folder, report, on_step=line.show)
     write(f"best validation {task.metric}: {progress.best_value:.4f}; checkpoints in {folder}")
     return progress
+
+
+def _changes(config: TrainConfig, last: Checkpoint) -> list[str]:
+    """One line for each option of task and training that is not what the checkpoint was made with.
+
+    Raises:
+        ConfigError: If the seed is another: the random states go on from the checkpoint.
+    """
+    before = flatten(last.description["experiment"])
+    now = flatten({"task": config.task, "training": config.training})
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    if "training.seed" in changed:
+        raise ConfigError(
+            f"training.seed must be {before['training.seed']} to go on from {last.path}, got "
+            f"{config.training.seed}: a run with another seed begins afresh under name=..."
+        )
+    return [f"{name}: {before[name]} so far, {now[name]} from here on" for name in changed]
 
 
 def _introduce(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from rum.errors import ConfigError
 from rum.tasks import TASKS, CopyingConfig
 from rum.train import TrainConfig, train
 from rum.training.checkpoint import CheckpointStore
-from rum.training.config import TrainingConfig
+from rum.training.config import ScheduleConfig, TrainingConfig
 from rum.tune.recorder import epoch_recorder
 
 TRAIN = Path(__file__).parents[1] / "pipelines" / "train.py"
@@ -62,18 +63,21 @@ def pipeline(folder: Path, *arguments: str, **changes: str) -> subprocess.Comple
     )
 
 
-def tiny_config(output_dir: Path, *, resume: str, max_epochs: int = 2) -> TrainConfig:
+def tiny_config(
+    output_dir: Path, *, resume: str, max_epochs: int = 2, **training: Any
+) -> TrainConfig:
     """What the options TINY mean."""
+    options: dict[str, Any] = {  # search_spaces/training/copying.yaml
+        "max_epochs": max_epochs,
+        "threads": 1,
+        "optimizer": "rmsprop_tensorflow",
+        "learning_rate": 0.001,
+        "max_grad_norm": None,
+    }
     return TrainConfig(
         model=RUMConfig(hidden_size=8),
         task=CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5),
-        training=TrainingConfig(  # search_spaces/training/copying.yaml
-            max_epochs=max_epochs,
-            threads=1,
-            optimizer="rmsprop_tensorflow",
-            learning_rate=0.001,
-            max_grad_norm=None,
-        ),
+        training=TrainingConfig(**{**options, **training}),
         output_dir=str(output_dir),
         resume=resume,
     )
@@ -191,6 +195,42 @@ def test_resume_goes_on_to_more_epochs(finished: Path, first_run: FirstRun) -> N
     kept = [round(report["validation/cross_entropy"], 4) for report in last.reports]
     printed = [*epochs(first_run[1].stdout), *epochs(done.stdout)]
     assert kept == [report["validation/cross_entropy"] for report in printed]
+
+
+def test_resume_says_which_options_changed(finished: Path) -> None:
+    lines: list[str] = []
+    config = tiny_config(
+        finished / "outputs",
+        resume="yes",
+        max_epochs=3,
+        learning_rate=0.01,
+        max_grad_norm=1.0,
+        schedule=ScheduleConfig(name="step"),
+    )
+    train(config, lines.append, epoch_recorder)
+
+    assert [line.strip() for line in lines if "from here on" in line] == [
+        "training.max_epochs: 2 so far, 3 from here on",
+        "training.learning_rate: 0.001 so far, 0.01 from here on",
+        "training.schedule.name: constant so far, step from here on",
+        "training.max_grad_norm: None so far, 1.0 from here on",
+    ]
+    last = CheckpointStore(finished / "outputs" / "runs" / RUN).last()
+    assert last is not None
+    assert [report["train/learning_rate"] for report in last.reports] == [0.001, 0.001, 0.01]
+
+
+def test_resume_with_the_same_options_says_nothing_of_them(finished: Path) -> None:
+    lines: list[str] = []
+    train(tiny_config(finished / "outputs", resume="yes"), lines.append, epoch_recorder)
+    assert not [line for line in lines if "from here on" in line]
+
+
+def test_resume_with_another_seed_is_refused(finished: Path) -> None:
+    before = everything_below(finished)
+    with pytest.raises(ConfigError, match=r"training\.seed must be 0 to go on from .*, got 1"):
+        train(tiny_config(finished / "outputs", resume="yes", seed=1), print, epoch_recorder)
+    assert everything_below(finished) == before
 
 
 def test_there_is_nothing_to_resume_before_a_first_run(tmp_path: Path) -> None:
@@ -328,3 +368,28 @@ def test_tracking_without_mlflow_says_what_to_install(
 
     assert_user_error(done, "'mlflow': install rum-torch[tune]")
     assert everything_below(tmp_path / "cwd") == []
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("experiment=table3/fs_rum_9", "experiment has no 'table3/fs_rum_9'; did you mean"),
+        ("profile=papr", "profile has no 'papr'; did you mean 'paper'?"),
+    ],
+)
+def test_a_misspelt_file_is_answered_with_the_nearest(
+    override: str, hint: str, tmp_path: Path
+) -> None:
+    done = pipeline(tmp_path, override)
+    assert done.returncode == 1
+    assert hint in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_dry_run_says_size_and_baselines_and_writes_nothing(tmp_path: Path) -> None:
+    done = pipeline(tmp_path, "experiment=table1/rum_30", "dry_run=true")
+    assert done.returncode == 0, done.stderr
+    assert "9,560 parameters" in done.stdout  # 26 symbols, 50 units, 10 digits
+    assert "memoryless baseline: 0.1000 accuracy" in done.stdout
+    assert "published for RUM, T = 30: validation/accuracy 1" in done.stdout
+    assert everything_below(tmp_path) == []

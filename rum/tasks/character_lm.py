@@ -26,7 +26,8 @@ class CharacterLMTask(Task):
     The stream is cut to a multiple of the batch size; window i of an epoch is columns
     [i T, i T + T), its target one to the right; what does not fill a window is dropped. The state
     is carried from window to window with the gradient cut, and starts from zero at each epoch and
-    each evaluation. Symbols are numbered by (-frequency, byte) of the training text.
+    each evaluation. Symbols are numbered by (-frequency, byte) of the training text, or as another
+    text's were.
 
     Loss: summed over the T steps of a window, mean over the batch, *before* gradient clipping.
     Metric `bits_per_character`: negative log2-likelihood over the characters scored; validation
@@ -39,7 +40,9 @@ class CharacterLMTask(Task):
     mode = "min"
     initialization = "orthogonal"
 
-    def __init__(self, config: "CharacterLMConfig", corpus: Corpus) -> None:
+    def __init__(
+        self, config: "CharacterLMConfig", corpus: Corpus, vocabulary: list[int] | None = None
+    ) -> None:
         self._config = config
         self.corpus = corpus.name
         self.source = corpus.source
@@ -50,7 +53,8 @@ class CharacterLMTask(Task):
         parts = {"train": train, "validation": corpus.validation, "test": corpus.test}
         for split, text in parts.items():
             self._check_fills_window(split, len(text), config.batch_size)
-        self.vocabulary = _vocabulary(corpus)
+        own = _vocabulary(corpus)
+        self.vocabulary = vocabulary if vocabulary and set(own) <= set(vocabulary) else own
         self.vocab_size = self.num_classes = len(self.vocabulary)
         number = bytearray(256)
         for index, byte in enumerate(self.vocabulary):
@@ -189,6 +193,14 @@ class CharacterLMConfig(TaskConfig):
         if self.train_characters is not None:
             check_at_least("train_characters", self.train_characters, 1)
 
-    def load(self, *, seed: int, data_dir: Path | None = None) -> CharacterLMTask:
-        """Reads the corpus; see `rum.data.corpora.load_corpus`."""
-        return CharacterLMTask(self, load_corpus(self.corpus, data_dir))
+    def load(
+        self, *, seed: int, data_dir: Path | None = None, vocabulary: list[int] | None = None
+    ) -> CharacterLMTask:
+        """Reads the corpus; see `rum.data.corpora.load_corpus`.
+
+        Args:
+            seed: Nothing is generated.
+            data_dir: Where corpora are looked for first.
+            vocabulary: Numbers the symbols in this order, if all are in it.
+        """
+        return CharacterLMTask(self, load_corpus(self.corpus, data_dir), vocabulary)

@@ -7,6 +7,7 @@ written beside its place and moved there, so a folder of that name is always com
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from rum.errors import CheckpointError
 FORMAT_VERSION = 1
 STATE_FILE = "state.pt"
 DESCRIPTION_FILE = "checkpoint.json"
+PARTIAL = ".partial-"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run: the best and the last."""
+    """The checkpoints of one run: the best and the last; one process at a time writes them."""
 
     def __init__(self, folder: Path) -> None:
         """The folder is made with the first checkpoint."""
@@ -53,8 +57,9 @@ class CheckpointStore:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         target = self.folder / _name(description["step"])
-        partial = self.folder / f".partial-{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in self.folder.glob(f"{PARTIAL}*"):  # of writers that were killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial = self.folder / f"{PARTIAL}{os.getpid()}"
         partial.mkdir()
         torch.save(state, partial / STATE_FILE)
         checksum = _synced_checksum(partial / STATE_FILE)
@@ -71,13 +76,22 @@ class CheckpointStore:
         return target
 
     def last(self) -> Checkpoint | None:
-        """The newest checkpoint, None where there is none.
+        """The newest checkpoint that can be read, None where there are none.
+
+        One that cannot is passed over with a warning: the run repeats what came after the older.
 
         Raises:
-            CheckpointError: If it is damaged or of another format; it is never skipped silently.
+            CheckpointError: If all are damaged or of another format.
         """
         folders = self._folders()
-        return read_checkpoint(folders[-1]) if folders else None
+        for folder in reversed(folders):
+            try:
+                return read_checkpoint(folder)
+            except CheckpointError as error:
+                if folder == folders[0]:
+                    raise
+                logger.warning("%s; an older checkpoint takes its place", error)
+        return None
 
     def best(self) -> Checkpoint | None:
         """The checkpoint with the best validation metric, None where there is none."""

@@ -6,12 +6,14 @@ says what was decided. The running best goes to sampler and scheduler, the measu
 MLflow.
 """
 
+import logging
 import time
 from dataclasses import asdict
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from rum.errors import CheckpointError
 from rum.experiment import ExperimentConfig
 from rum.parameters import flatten
 from rum.tasks import Task
@@ -24,6 +26,8 @@ from rum.tune.provenance import trial_tags
 from rum.tune.space import apply
 from rum.tune.study import ORIGIN, REASON, RUNG, Study, TrialSpec, is_sound
 from rum.tune.tracking import FAILED, FINISHED, INTERRUPTED, KILLED, Tracker, ended
+
+logger = logging.getLogger(__name__)
 
 
 class Conductor:
@@ -87,7 +91,11 @@ class Conductor:
             self._end_run(trial)
 
     def _log_missing(self, number: int, up_to_epoch: int) -> None:
-        last = CheckpointStore(self._workplace.trial_folder(number)).last()
+        try:
+            last = CheckpointStore(self._workplace.trial_folder(number)).last()
+        except CheckpointError as error:  # where it is needed, the trial's worker fails with it
+            logger.warning("trial %d: %s", number, error)
+            return
         for report in last.reports if last else []:
             if report["epoch"] <= up_to_epoch:
                 self._tracker.log_report(number, report)

@@ -74,7 +74,7 @@ class SearchOptions:
     max_concurrent: int | None = None
     """Trials at a time; null: as many as fit the CPUs (and GPUs) that are free."""
     cpus_per_trial: int = 1
-    """CPU cores, and torch's threads, of a trial."""
+    """CPU cores of a trial, and torch's threads (training.threads follows)."""
     gpus_per_trial: float = 0.0
     """Share of a GPU of a trial; with training.device=cuda 0 counts as 1."""
     max_failures: int = 3
@@ -145,8 +145,8 @@ class ContinuedTrainingConfig:
     """Epochs in all; must be given, and more than the study had."""
     learning_rate: float | None = None
     """null keeps what it was; cannot change where it was searched."""
-    device: str = "cpu"
-    """"cpu" or "cuda"."""
+    device: str | None = None
+    """"cpu" or "cuda"; null: where the study's best trial was trained."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
@@ -183,7 +183,7 @@ class EvaluateConfig:
     """A checkpoint folder, or `models:/<name>@best` (or `/<version>`) in MLflow."""
     splits: list[str] = field(default_factory=lambda: ["validation", "test"])
     corpus: str | None = None
-    """Another corpus with the same symbols; null takes the one of the checkpoint."""
+    """Another corpus, of symbols that the model knows; null takes the one of the checkpoint."""
     device: str = "cpu"
     threads: int | None = None
     again: bool = False

@@ -1,6 +1,7 @@
 """Continues a study's best trials for more epochs, as a study of their own."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from optuna.trial import FrozenTrial
 from rum.errors import ConfigError, StudyError
 from rum.experiment import ExperimentConfig, experiment_from_plain
 from rum.parameters import nearest, replace, unflatten
-from rum.training.checkpoint import CheckpointStore
+from rum.training.checkpoint import Checkpoint, CheckpointStore
 from rum.tune.config import Domain, ResumeConfig, SamplerConfig, SchedulerConfig, SearchConfig
 from rum.tune.messages import Workplace
 from rum.tune.search import check_machine, conduct, define, output_folder
@@ -45,13 +46,14 @@ def continue_best(config: ResumeConfig) -> str:
             f"there is no study {config.study!r}{nearest(config.study, names)} "
             f"Studies in {output_dir}: {', '.join(names) or 'none'}"
         )
-    search = _search_config(config, storage)
-    origin_study = Study(storage, config.study, search.space, search.sampler)
+    origin_study = Study(storage, config.study, {}, SamplerConfig())
     ranked = origin_study.ranked()
     if config.top > len(ranked):
         raise StudyError(
             f"top is {config.top}, but study {config.study} has {len(ranked)} trials with a value"
         )
+    device = config.training.device or _device_of(config, ranked[0])
+    search = _search_config(config, origin_study.definition, device)
     data_dir = Path(config.data_dir).absolute() if config.data_dir else None
     task = search.task.load(seed=search.training.seed, data_dir=data_dir)
     if task.checksum != origin_study.definition["data_checksum"]:
@@ -72,29 +74,41 @@ def continue_best(config: ResumeConfig) -> str:
         for trial in ranked[: config.top]:
             if trial.number not in queued:
                 run = trial_run(client, experiment_id, config.study, trial.number, origin_study.id)
-                study.enqueue(trial.params, _origin(config, output_dir, trial, run.info.run_id))
+                study.enqueue(trial.params, _origin(config, trial, run.info.run_id))
         study.target = len(study.trials())
         return conduct(search, study, task, client, experiment_id)
 
 
-def _origin(
-    config: ResumeConfig, output_dir: Path, trial: FrozenTrial, run_id: str
-) -> dict[str, Any]:
-    workplace = Workplace({}, str(output_dir / "studies" / config.study), None)
-    last = CheckpointStore(workplace.trial_folder(trial.number)).last()
-    if last is None:
-        raise StudyError(f"trial {trial.number} of study {config.study} has no checkpoint")
+def _origin(config: ResumeConfig, trial: FrozenTrial, run_id: str) -> dict[str, Any]:
     return {
         "study": config.study,
         "trial": trial.number,
         "run_id": run_id,
-        "checkpoint": str(last.path),
+        "checkpoint": str(_last_checkpoint(config, trial.number).path),
     }
 
 
-def _search_config(config: ResumeConfig, storage: Any) -> SearchConfig:
+def _last_checkpoint(config: ResumeConfig, number: int) -> Checkpoint:
+    folder = output_folder(config.output_dir) / "studies" / config.study
+    last = CheckpointStore(Workplace({}, str(folder), None).trial_folder(number)).last()
+    if last is None:
+        raise StudyError(f"trial {number} of study {config.study} has no checkpoint")
+    return last
+
+
+def _device_of(config: ResumeConfig, trial: FrozenTrial) -> str:
+    """Where a trial was trained, also said: the study's definition leaves it out."""
+    trained = _last_checkpoint(config, trial.number).description["experiment"]["training"]
+    device = str(trained["device"])
+    sys.stderr.write(
+        f"Device: {device}, as trial {trial.number} of study {config.study} had; "
+        "training.device=... chooses another\n"
+    )
+    return device
+
+
+def _search_config(config: ResumeConfig, definition: dict[str, Any], device: str) -> SearchConfig:
     """The search that the study was made with, with the changes that are asked for."""
-    definition = Study(storage, config.study, {}, SamplerConfig()).definition
     before = experiment_from_plain(unflatten(definition["experiment"]))
     experiment = _changed(before, config, definition["space"])
     return SearchConfig(
@@ -103,7 +117,7 @@ def _search_config(config: ResumeConfig, storage: Any) -> SearchConfig:
         training=dataclasses.replace(
             experiment.training,
             threads=config.search.cpus_per_trial,
-            device=config.training.device,
+            device=device,
         ),
         space={name: Domain(**domain) for name, domain in definition["space"].items()},
         scheduler=SchedulerConfig(name="none"),

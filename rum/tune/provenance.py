@@ -2,6 +2,7 @@
 
 import getpass
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -101,6 +102,8 @@ def option_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str) and not value.replace("_", "").replace("-", "").isalnum():
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return f"'{escaped}'"
+        # Hydra reads a backslash as itself unless a quote follows, the closing one included.
+        last = "\\" * (len(value) - len(value.rstrip("\\")))
+        escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+        return f"'{escaped}{last}'"
     return str(value)

@@ -1,7 +1,6 @@
 """The best model of each task and corpus in MLflow's registry, under the alias `best`."""
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +118,14 @@ class Fetched:
     run_id: str
 
 
-def fetch(client: MlflowClient, uri: str, tracking_uri: str) -> Fetched:
+def fetch(client: MlflowClient, uri: str, tracking_uri: str, folder: Path) -> Fetched:
     """Downloads the checkpoint of `models:/<name>@<alias>` or `models:/<name>/<version>`.
+
+    Args:
+        client: MLflow.
+        uri: Of the model.
+        tracking_uri: MLflow's.
+        folder: Where the checkpoint's folder goes.
 
     Raises:
         TrackingError: If there is none.
@@ -131,9 +136,8 @@ def fetch(client: MlflowClient, uri: str, tracking_uri: str) -> Fetched:
             version = client.get_model_version_by_alias(*reference.split("@", 1))
         else:
             version = client.get_model_version(*reference.rsplit("/", 1))
-        folder = tempfile.mkdtemp(prefix="rum-checkpoint-")
         path = mlflow.artifacts.download_artifacts(
-            artifact_uri=version.source, dst_path=folder, tracking_uri=tracking_uri
+            artifact_uri=version.source, dst_path=str(folder), tracking_uri=tracking_uri
         )
     except (MlflowException, TypeError, OSError) as error:
         raise TrackingError(f"cannot get {uri}: {error}") from error

@@ -9,18 +9,24 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from ray import tune
+from ray.exceptions import RayError
+from sqlalchemy.exc import SQLAlchemyError
 
-from rum.errors import ConfigError, RumError, StudyError
+from rum.errors import CheckpointError, ConfigError, RumError, StudyError
 from rum.experiment import ExperimentConfig, check_device
 from rum.parameters import flatten, nearest
 from rum.tasks import CharacterLMConfig, Task
@@ -58,8 +64,12 @@ _NOT_DEFINING = (
 )
 
 
+# What goes wrong around a search: disk, databases, cluster. Anything else is a fault of this code.
+_OUTSIDE = (OSError, SQLAlchemyError, OptunaError, MlflowException, RayError)
+
+
 class InterruptedSearchError(RumError):
-    """A search was stopped by Ctrl-C; it can be resumed."""
+    """A search was stopped by Ctrl-C or by what it runs on; it can be resumed."""
 
 
 def output_folder(output_dir: str) -> Path:
@@ -78,7 +88,7 @@ def run_search(config: SearchConfig) -> str:
         DataError: If the corpus is missing or altered.
         StudyError: If the study has other settings or another driver.
         TrackingError: If MLflow cannot be used.
-        InterruptedSearchError: After Ctrl-C.
+        InterruptedSearchError: After Ctrl-C, or when disk, database or cluster fail.
     """
     config = _located(config)
     check_space(config, config.space)
@@ -112,7 +122,8 @@ def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> None:
     if not config.dry_run:
         _check_writable(output_dir)
         _check_ray_address()
-    prediction = forecast(config, task, output_dir, _concurrent(config, os.cpu_count() or 1))
+    machine = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+    prediction = forecast(config, task, output_dir, _concurrent(config, machine))
     _say(f"Corpus: {task.corpus} ({task.source}); {task.protocol}")
     _say(str(prediction))
     if not config.dry_run:
@@ -121,7 +132,13 @@ def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> None:
 
 def _located(config: SearchConfig) -> SearchConfig:
     """Threads per trial, and a corpus file by absolute path: workers run elsewhere."""
-    training = dataclasses.replace(config.training, threads=config.search.cpus_per_trial)
+    threads = config.search.cpus_per_trial
+    if config.training.threads not in (None, threads):
+        raise ConfigError(
+            f"training.threads must be null or search.cpus_per_trial, which is {threads}, got "
+            f"{config.training.threads}: a trial computes with as many threads as it has CPUs"
+        )
+    training = dataclasses.replace(config.training, threads=threads)
     task = config.task
     if isinstance(task, CharacterLMConfig) and Path(task.corpus).is_file():
         task = dataclasses.replace(task, corpus=str(Path(task.corpus).absolute()))
@@ -197,12 +214,32 @@ def _set_target(study: Study, config: SearchConfig) -> str:
     )
 
 
-def _concurrent(config: SearchConfig, cpus: int) -> int:
-    per_trial = config.search.cpus_per_trial
-    if cpus < per_trial:
-        raise ConfigError(f"search.cpus_per_trial is {per_trial}, but there are {cpus} CPUs")
-    fitting = cpus // per_trial
-    return min(fitting, config.search.max_concurrent or fitting)
+def _resources(config: SearchConfig) -> dict[str, float]:
+    """What a trial takes of the machine, in Ray's words."""
+    gpus = config.search.gpus_per_trial
+    if config.training.device.startswith("cuda") and gpus == 0:
+        gpus = 1.0
+    return {"CPU": config.search.cpus_per_trial, "GPU": gpus}
+
+
+def _concurrent(config: SearchConfig, machine: Mapping[str, float]) -> int:
+    """Trials at a time: as many as fit all resources of the machine or cluster.
+
+    Raises:
+        ConfigError: If not one does.
+    """
+    fitting = []
+    for kind, share in _resources(config).items():
+        there = int(machine.get(kind, 0))
+        if there < share:
+            option = f"search.{kind.lower()}s_per_trial"
+            raise ConfigError(f"{option} is {share:g}, but there are {there} {kind}s")
+        if share >= 1:
+            fitting.append(int(there // share))
+        elif share > 0:  # each trial's part lies on one GPU
+            fitting.append(there * int(1 / share))
+    limit = config.search.max_concurrent
+    return min(fitting) if limit is None else min(*fitting, limit)
 
 
 def conduct(
@@ -216,6 +253,10 @@ def conduct(
         task: The task, loaded.
         client: MLflow's.
         experiment_id: MLflow's.
+
+    Raises:
+        InterruptedSearchError: After Ctrl-C, or when disk, database or cluster fail.
+        TrackingError: If MLflow stops taking records.
     """
     output_dir = output_folder(config.output_dir)
     base = ExperimentConfig(model=config.model, task=config.task, training=config.training)
@@ -241,19 +282,18 @@ def conduct(
     status = INTERRUPTED
     conductor = None
     try:
-        conductor = Conductor(study, base, task, _rungs(config, study.mode), tracker, workplace)
-        if conductor.num_open:
-            with _ray(config) as cpus:
-                _fit(config, conductor, workplace, folder, _concurrent(config, cpus))
-        status = INTERRUPTED if conductor.num_open else FINISHED
-        best = conductor.best
-        if best is not None:
-            tracker.flush()
-            checkpoint = CheckpointStore(workplace.trial_folder(best.number)).best()
-            if checkpoint is not None:
+        with _outside_errors_explained(_resume_command(config, study)):
+            rungs = _rungs(config, study.mode)
+            conductor = Conductor(study, base, task, rungs, tracker, workplace)
+            if conductor.num_open:
+                with _ray(config) as machine:
+                    _fit(config, conductor, workplace, folder, _concurrent(config, machine))
+            status = INTERRUPTED if conductor.num_open else FINISHED
+            best = conductor.best
+            if best is not None:
+                tracker.flush()
                 run_id = tracker.run_id(best.number)
-                registered = register(client, run_id, checkpoint, task, config.task.name)
-                _say(f"Model {registered.message}")
+                _register(config, task, client, run_id, workplace.trial_folder(best.number))
     finally:
         if conductor is not None:
             conductor.interrupt()
@@ -269,6 +309,41 @@ def conduct(
     return summary
 
 
+@contextmanager
+def _outside_errors_explained(resume_command: str) -> Iterator[None]:
+    """Says of an error that is none of this code how the search goes on after it."""
+    try:
+        yield
+    except RumError:
+        raise
+    except Exception as error:
+        chain: list[BaseException] = [error]  # Ray and Optuna raise errors of their own around it
+        while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
+            chain.append(inner)
+        if not any(isinstance(each, _OUTSIDE) for each in chain):
+            raise
+        cause = chain[-1]
+        raise InterruptedSearchError(
+            f"the search was stopped by {type(cause).__name__}: {cause}\n"
+            "What was decided and computed so far is kept. When this is mended, go on with\n"
+            f"  {resume_command}"
+        ) from error
+
+
+def _register(
+    config: SearchConfig, task: Task, client: MlflowClient, run_id: str, folder: Path
+) -> None:
+    """Registers the best checkpoint of the best trial, or says why not."""
+    try:
+        checkpoint = CheckpointStore(folder).best()
+    except CheckpointError as error:
+        _say(f"The best model is not registered: {error}")
+        return
+    if checkpoint is not None:
+        registered = register(client, run_id, checkpoint, task, config.task.name)
+        _say(f"Model {registered.message}")
+
+
 def _rungs(config: SearchConfig, mode: str) -> Rungs:
     scheduler = config.scheduler
     rungs = []
@@ -280,8 +355,8 @@ def _rungs(config: SearchConfig, mode: str) -> Rungs:
 
 
 @contextmanager
-def _ray(config: SearchConfig) -> Iterator[int]:
-    """Connects to the cluster of RAY_ADDRESS, else starts Ray here; gives the number of CPUs."""
+def _ray(config: SearchConfig) -> Iterator[Mapping[str, float]]:
+    """Connects to the cluster of RAY_ADDRESS, else starts Ray here; gives its resources."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's own files are not used: no loggers, rare snapshots, and no change of folder.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -308,7 +383,7 @@ def _ray(config: SearchConfig) -> Iterator[int]:
             **options,
         )
     try:
-        yield int(ray.cluster_resources().get("CPU", 0))
+        yield ray.cluster_resources()
     finally:
         if own_folder or address:
             ray.shutdown()
@@ -348,12 +423,8 @@ def _fit(
     folder: Path,
     concurrent: int,
 ) -> None:
-    gpus = config.search.gpus_per_trial
-    if config.training.device.startswith("cuda") and gpus == 0:
-        gpus = 1.0
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, workplace=workplace),
-        {"CPU": config.search.cpus_per_trial, "GPU": gpus},
+        tune.with_parameters(run_trial, workplace=workplace), _resources(config)
     )
     scratch = folder / "ray"  # nothing in it is read again
     shutil.rmtree(scratch, ignore_errors=True)

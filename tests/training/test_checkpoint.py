@@ -52,6 +52,7 @@ def test_what_a_killed_writer_leaves_does_no_harm(tmp_path: Path) -> None:
     assert last is not None
     assert last.description["step"] == 1
     save(store, 1, 1)  # again, over what is there
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000000001"]
 
 
 def test_a_save_that_fails_half_way_leaves_what_was_there(tmp_path: Path) -> None:
@@ -129,6 +130,24 @@ def test_damage_is_an_error_that_names_the_path(
     with pytest.raises(CheckpointError, match=message) as error:
         store.last()
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, garble, remove_description])
+def test_an_older_checkpoint_takes_the_place_of_a_damaged_one_with_a_warning(
+    damage: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path)
+    older = save(store, 1, 1)
+    path = save(store, 2, 1)
+    damage(path)
+
+    last, best = store.last(), store.best()
+    assert last is not None
+    assert best is not None
+    assert (last.path, best.path) == (older, older)
+    assert str(path) in caplog.text
+    save(store, 2, 1)  # trained again
+    assert store.last() == read_checkpoint(path)
 
 
 class Malicious:

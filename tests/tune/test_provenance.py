@@ -1,5 +1,6 @@
 """What a run says of itself: above all the command that repeats it."""
 
+import itertools
 import shlex
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import rum
@@ -49,18 +51,7 @@ EXPERIMENTS = {
 
 @pytest.mark.parametrize(
     "experiment",
-    [
-        pytest.param(
-            experiment,
-            id=name,
-            marks=pytest.mark.xfail(
-                "backslashes" in name,
-                strict=True,
-                reason="Hydra wants only backslashes before a quote doubled, not all",
-            ),
-        )
-        for name, experiment in EXPERIMENTS.items()
-    ],
+    [pytest.param(experiment, id=name) for name, experiment in EXPERIMENTS.items()],
 )
 def test_the_command_of_a_run_composes_to_the_same_experiment(
     experiment: ExperimentConfig,
@@ -109,10 +100,19 @@ def test_lambda_of_a_model(model: Any, expected: str) -> None:
         ("pre_sigmoid", "pre_sigmoid"),
         ("it's", r"'it\'s'"),
         ("", "''"),
+        (r"a\b", r"'a\b'"),
     ],
 )
 def test_an_option_is_written_as_in_an_override(value: object, text: str) -> None:
     assert option_text(value) == text
+
+
+@pytest.mark.parametrize("length", range(1, 6))
+def test_hydra_reads_any_row_of_backslashes_quotes_and_letters_as_it_was(length: int) -> None:
+    parser = OverridesParser.create()
+    for letters in itertools.product("\\'a", repeat=length):
+        value = "".join(letters)
+        assert parser.parse_override(f"x={option_text(value)}").value() == value
 
 
 def test_common_tags_say_data_metric_and_versions() -> None:

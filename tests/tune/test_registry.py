@@ -1,7 +1,6 @@
 """The registry: whose checkpoint has the alias `best`, and getting it back byte by byte."""
 
 import hashlib
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,15 +178,13 @@ def test_fetch_gives_the_same_bytes_and_the_run(
     offer: Callable[..., Registered],
     output_dir: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     reference: str,
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     offer(2.0)
     uri = tracking_uri(TrackingConfig(), output_dir)
-    fetched = fetch(client, f"models:/{NAME}{reference}", uri)
+    fetched = fetch(client, f"models:/{NAME}{reference}", uri, tmp_path / "here")
     original = checkpoint(tmp_path, 2.0).path
-    assert fetched.path != original
+    assert fetched.path.is_relative_to(tmp_path / "here")
     assert sums(fetched.path) == sums(original)
     assert fetched.run_id == client.get_model_version(NAME, "1").run_id
 
@@ -202,8 +199,12 @@ def sums(folder: Path) -> dict[str, str]:
     "uri", ["models:/rum-copying-T4@best", f"models:/{NAME}/7", f"models:/{NAME}", "models:/"]
 )
 def test_fetching_what_is_not_there_is_an_error_that_names_it(
-    client: MlflowClient, offer: Callable[..., Registered], output_dir: Path, uri: str
+    client: MlflowClient,
+    offer: Callable[..., Registered],
+    output_dir: Path,
+    tmp_path: Path,
+    uri: str,
 ) -> None:
     offer(2.0)
     with pytest.raises(TrackingError, match=f"cannot get {uri}: "):
-        fetch(client, uri, tracking_uri(TrackingConfig(), output_dir))
+        fetch(client, uri, tracking_uri(TrackingConfig(), output_dir), tmp_path)

@@ -1,6 +1,7 @@
 """A search end to end with real Ray, Optuna and MLflow."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import signal
@@ -12,8 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
 
 from rum.cells import RUMConfig
@@ -33,9 +37,9 @@ from rum.tune.config import (
     TrackingConfig,
 )
 from rum.tune.continuation import continue_best
-from rum.tune.search import run_search
+from rum.tune.search import InterruptedSearchError, _concurrent, define, run_search
 from rum.tune.space import apply
-from rum.tune.study import Study, open_storage
+from rum.tune.study import Study, claim_folder, ensure_study, locked, open_storage
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -225,12 +229,56 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(small_search:
         ({"search": SearchOptions(disk_reserve_gigabytes=1e9)}, "disk"),
         ({"search": SearchOptions(cpus_per_trial=10_000)}, "cpus_per_trial"),
         ({"training": TrainingConfig(device="cuda")}, "no CUDA device"),
+        ({"search": SearchOptions(gpus_per_trial=99)}, "gpus_per_trial is 99, but there are"),
+        ({"training": TrainingConfig(threads=2)}, "per_trial, which is 1, got 2"),
         ({"space": {}}, "at least one option"),
     ):
         config = small_search(tables=False, **changes)
         with pytest.raises(ConfigError, match=message):
             run_search(config)
         assert not list(Path(config.output_dir).rglob("*.db"))
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "machine", "expected"),
+    [
+        ("cpu", {}, {"CPU": 16.0}, 16),
+        ("cpu", {"cpus_per_trial": 3}, {"CPU": 16.0}, 5),
+        ("cpu", {"max_concurrent": 4}, {"CPU": 16.0}, 4),
+        ("cpu", {"max_concurrent": 40}, {"CPU": 16.0}, 16),
+        ("cuda", {}, {"CPU": 16.0, "GPU": 1.0}, 1),
+        ("cuda", {}, {"CPU": 16.0, "GPU": 4.0}, 4),
+        ("cuda", {"cpus_per_trial": 8}, {"CPU": 16.0, "GPU": 4.0}, 2),
+        ("cuda", {"gpus_per_trial": 2.0}, {"CPU": 16.0, "GPU": 5.0}, 2),
+        ("cuda", {"gpus_per_trial": 0.1}, {"CPU": 16.0, "GPU": 1.0}, 10),
+        ("cuda", {"gpus_per_trial": 0.4}, {"CPU": 16.0, "GPU": 3.0}, 6),  # two on each
+        ("cuda:0", {"max_concurrent": 2}, {"CPU": 16.0, "GPU": 4.0}, 2),
+    ],
+)
+def test_as_many_trials_at_a_time_as_fit_cpus_and_gpus(
+    small_search: Make,
+    device: str,
+    options: dict[str, Any],
+    machine: dict[str, float],
+    expected: int,
+) -> None:
+    config = small_search(
+        tables=False,
+        training=TrainingConfig(device=device),
+        search=SearchOptions(**options),
+    )
+    assert _concurrent(config, machine) == expected
+
+
+def test_a_search_on_gpus_needs_one_in_the_cluster(small_search: Make) -> None:
+    config = small_search(tables=False, training=TrainingConfig(device="cuda"))
+    with pytest.raises(ConfigError, match=r"gpus_per_trial is 1, but there are 0 GPUs"):
+        _concurrent(config, {"CPU": 16.0})
+
+
+def test_threads_as_many_as_cpus_are_accepted(small_search: Make) -> None:
+    config = small_search(tables=False, dry_run=True, training=TrainingConfig(threads=1))
+    assert run_search(config) == "Dry run: nothing was started."
 
 
 def test_a_dry_run_writes_nothing(small_search: Make) -> None:
@@ -312,6 +360,171 @@ def test_a_killed_worker_goes_on_from_its_checkpoint(small_search: Make) -> None
     assert trial.state == TrialState.COMPLETE
     assert sorted(trial.intermediate_values) == [1, 2, 3, 4, 5, 6]
     assert_records_agree(config)
+
+
+def left_by_a_dead_driver(config: SearchConfig) -> Path:
+    """A study of which trial 0 had two epochs when its driver died; gives that trial's folder."""
+    out = Path(config.output_dir)
+    task = config.task.load(seed=0)
+    storage = open_storage(out)
+    ensure_study(storage, "small", define(config, task))
+    study = Study(storage, "small", config.space, config.sampler)
+    study.target = config.search.num_trials
+    with locked(out / "studies/small"):
+        claim_folder(out / "studies/small", study)
+    parameters = study.ask().parameters
+    folder = out / "studies/small/trials/0000"
+    experiment = apply(
+        ExperimentConfig(
+            model=config.model,
+            task=config.task,
+            training=dataclasses.replace(config.training, max_epochs=2, threads=1),
+        ),
+        parameters,
+    )
+    run_experiment(experiment, task, folder, lambda report: None)
+    return folder
+
+
+@pytest.mark.parametrize("older_is_intact", [False, True])
+def test_a_damaged_checkpoint_costs_at_most_its_own_trial(
+    small_search: Make, older_is_intact: bool
+) -> None:
+    config = small_search(
+        scheduler=SchedulerConfig(name="none"),
+        search=SearchOptions(num_trials=2),
+        space={"model.hidden_size": Domain(type="int", low=4, high=8)},
+        resume="yes",
+    )
+    folder = left_by_a_dead_driver(config)
+    if older_is_intact:  # as when the first epoch is the best
+        shutil.copytree(folder / "step_000000010", folder / "step_000000011")
+    else:
+        shutil.rmtree(folder / "step_000000005", ignore_errors=True)
+    newest = max(folder.iterdir())
+    (newest / "state.pt").write_bytes(b"damaged")
+    summary = run_search(config)
+
+    damaged, other = trials_of(config)
+    assert other.state == TrialState.COMPLETE
+    if older_is_intact:
+        assert damaged.state == TrialState.COMPLETE
+        assert sorted(damaged.intermediate_values) == [1, 2, 3, 4]
+    else:
+        assert damaged.state == TrialState.FAIL
+        reason = f"crashed: CheckpointError: {newest / 'state.pt'} is damaged"
+        assert damaged.user_attrs["rum.reason"].startswith(reason)
+        assert f"trial 0 failed: {reason}" in summary
+    assert_records_agree(config)
+
+
+def test_a_study_whose_best_checkpoint_is_damaged_is_concluded_all_the_same(
+    small_search: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_search(
+        scheduler=SchedulerConfig(name="none"), search=SearchOptions(num_trials=1)
+    )
+    run_search(config)
+    for state in Path(config.output_dir).glob("studies/small/trials/0000/*/state.pt"):
+        state.write_bytes(b"damaged")
+    storage = open_storage(Path(config.output_dir))
+    study = Study(storage, "small", config.space, config.sampler)
+    study.target = 1
+    study._study.set_user_attr("rum.concluded", 0)  # the driver died just before
+
+    run_search(dataclasses.replace(config, resume="yes"))
+    assert study.is_concluded
+    assert "The best model is not registered: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "said"),
+    [
+        (
+            "report",
+            StorageInternalError("An exception is raised during the commit"),
+            "StorageInternalError: An exception is raised during the commit",
+        ),
+        ("ask", OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_what_fails_around_a_search_is_said_with_the_command_that_goes_on(
+    small_search: Make, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception, said: str
+) -> None:
+    config = small_search(
+        search=SearchOptions(num_trials=3), scheduler=SchedulerConfig(name="none")
+    )
+    original = getattr(Study, place)
+    calls: list[object] = []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise error
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, place, failing)
+        with pytest.raises(InterruptedSearchError) as raised:
+            run_search(config)
+    assert said in str(raised.value)
+    assert str(raised.value).endswith("tune_ptb.py study=small resume=yes")
+    assert runs_of(config)[None].info.status == "SCHEDULED"
+
+    run_search(dataclasses.replace(config, resume="yes"))
+    assert [trial.state for trial in trials_of(config)] == [TrialState.COMPLETE] * 3
+    assert_records_agree(config)
+
+
+def test_a_fault_of_the_code_keeps_its_traceback(
+    small_search: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: Any) -> Any:
+        raise AssertionError("a fault")
+
+    monkeypatch.setattr(Study, "ask", failing)
+    with pytest.raises(AssertionError, match="a fault"):
+        run_search(small_search())
+
+
+def test_a_cluster_that_is_not_there_is_said_with_the_command_that_goes_on(
+    small_search: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**options: Any) -> None:
+        assert options["address"] == "auto"
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(InterruptedSearchError, match="not find any running Ray") as raised:
+        run_search(small_search())
+    assert str(raised.value).endswith("tune_ptb.py study=small resume=yes")
+
+
+def test_trials_continue_where_they_were_trained_unless_told_otherwise(
+    small_search: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_search(search=SearchOptions(num_trials=1))
+    run_search(config)
+    for path in Path(config.output_dir).glob("studies/small/trials/0000/*/checkpoint.json"):
+        path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def resume(device: str | None) -> None:
+        training = ContinuedTrainingConfig(max_epochs=5, device=device)
+        continue_best(
+            ResumeConfig(study="small", top=1, training=training, output_dir=config.output_dir)
+        )
+
+    with pytest.raises(ConfigError, match="is 'cuda', but torch sees no CUDA device"):
+        resume(None)
+    assert "Device: cuda, as trial 0 of study small had" in capsys.readouterr().err
+    resume("cpu")
+    assert "Device: " not in capsys.readouterr().err
+    last = CheckpointStore(Path(config.output_dir) / "studies/small-to-5/trials/0000").last()
+    assert last is not None
+    assert last.description["experiment"]["training"]["device"] == "cpu"
 
 
 def test_the_best_trials_continue_as_children_of_their_runs(small_search: Make) -> None:
