@@ -33,6 +33,7 @@ from rum.functional import (
     time_normalize,
     zoneout,
 )
+from rum.kernels import cpu
 from rum.kernels.fused import rum_recurrence
 from rum.kernels.memory import memory_recurrence
 from rum.kernels.step import ACTIVATIONS, RecurrenceOptions
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 LOWEST_LEAK = 1e-5
 """Smallest power between 0 and 1: below, float32 loses orthogonality at exactly opposite pairs."""
 
-BACKENDS = ("auto", "reference", "fused")
+BACKENDS = ("auto", "reference", "fused", "cpu")
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ class RUMCell(Cell):
         Args:
             backend: "reference" (step by step; differentiable twice), "fused" (one autograd
                 function for a whole sequence; lambda = 0, or lambda = 1 without a gradient for
-                an initial memory) or "auto": the fastest that can serve the request, with the
-                same results up to rounding.
+                an initial memory), "cpu" (compiled C; lambda = 0 in float32, if a compiler was
+                there when the package was installed) or "auto": the fastest that can serve the
+                request, with the same results up to rounding.
         """
         super().__init__()
         RUMCellConfig(  # checks the options
@@ -129,6 +131,8 @@ class RUMCell(Cell):
             activation=activation,
         )
         check_choice("backend", backend, BACKENDS)
+        if backend == "cpu" and lambda_ != 0:
+            raise ConfigError(f"backend 'cpu' serves lambda_ = 0, got {lambda_}: use 'fused'")
         if backend == "fused" and (lambda_ not in (0, 1) or lambda_trainable):
             raise ConfigError(
                 f"backend 'fused' serves a fixed lambda_ of 0 or 1, got {lambda_}"
@@ -260,7 +264,8 @@ class RUMCell(Cell):
     def unroll(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Runs a sequence on the backend in force; see `Cell.unroll`."""
         state = self._begin(input, state)
-        if self._choose_backend(input, state) == "reference":
+        backend = self._choose_backend(input, state)
+        if backend == "reference":
             return super().unroll(input, state)
         noise = self.sample_noise(input.shape[0], input.shape[1])
         size = self.hidden_size
@@ -284,7 +289,8 @@ class RUMCell(Cell):
         memory: State = ()
         with torch.autocast(input.device.type, enabled=False):
             if self.lambda_ == 0:
-                outputs = rum_recurrence(gates, embedded, hidden, weight, norms, mask, options)
+                run = cpu.rum_recurrence_cpu if backend == "cpu" else rum_recurrence
+                outputs = run(gates, embedded, hidden, weight, norms, mask, options)
             else:
                 outputs, last = memory_recurrence(
                     gates, embedded, hidden, state[1].to(dtype), weight, norms, mask, options
@@ -300,12 +306,20 @@ class RUMCell(Cell):
             # Half precision stays on the reference, which does norms and rotation in float32.
             full = self.weight_hh.dtype in (torch.float32, torch.float64)
             backend = "fused" if full and self._unserved(state) is None else "reference"
+            if backend == "fused" and self.lambda_ == 0 and self._unserved_by_cpu() is None:
+                backend = "cpu"
         elif backend == "fused" and (reason := self._unserved(state)) is not None:
             raise ConfigError(f"backend 'fused' {reason}: use 'reference'")
+        elif backend == "cpu" and (reason := self._unserved_by_cpu()) is not None:
+            raise ConfigError(f"backend 'cpu' {reason}: use 'fused'")
         if backend != self._logged_backend:
             self._logged_backend = backend
             logger.debug("RUM runs on backend %r (%s)", backend, input.device)
         return backend
+
+    def _unserved_by_cpu(self) -> str | None:
+        weight = self.weight_hh
+        return cpu.unserved(self.hidden_size, weight.dtype, weight.device)
 
     def _unserved(self, state: State) -> str | None:
         """Why the fused backend cannot serve a call; None where it can."""

@@ -1,0 +1,389 @@
+/* One time step of the RUM recurrence with lambda = 0, float32, a row a sample: everything between
+ * the two matrix products of a step. rum/kernels/cpu.py calls it; rum/kernels/step.py is the same
+ * mathematics in PyTorch, with names explained there.
+ *
+ * Plain C without Python or torch headers. No -ffast-math: loading such a library would switch the
+ * process to flush-to-zero. Sums are vectorised by `omp simd`; the instruction set is chosen when
+ * the library is loaded. Matrix-free: a row needs some scalars and ROW_BUFFERS rows of scratch.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define FLOOR 1e-12f          /* squared norms below count as zero */
+#define LAYER_NORM_EPS 1e-3f
+#define ROW_BUFFERS 6
+#define SMALL 8192            /* elements below which threads cost more than they bring */
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { RELU, TANH, SIGMOID, SOFTSIGN };
+enum { NO_NORM, POST_SIGMOID, PRE_SIGMOID };
+
+typedef struct {
+    int64_t batch, size;
+    int32_t activation, gate_norm, has_eta, threads;
+    float eta, zoneout;
+    const float *gate_gain, *gate_shift;   /* [2N], target then update gate; or null */
+    const float *total_gain, *total_shift; /* [N] or null */
+} Options;
+
+/* exp to 2 units in the last place, without branches, so that loops over it vectorise */
+INLINE float exponential(float x)
+{
+    x = x > 88.3f ? 88.3f : (x < -87.3f ? -87.3f : x);
+    float n = x * 1.44269504f;
+    n = n + 12582912.0f;   /* rounds to a whole number */
+    n = n - 12582912.0f;
+    float r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t i; float f; } scale;
+    scale.i = ((int32_t)n + 127) << 23;
+    return p * scale.f;
+}
+
+INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+INLINE float activate(int32_t kind, float x)
+{
+    if (kind == RELU) return x > 0.0f ? x : 0.0f;
+    if (kind == TANH) return 1.0f - 2.0f / (1.0f + exponential(2.0f * x));
+    if (kind == SIGMOID) return sigmoid(x);
+    return x / (1.0f + fabsf(x));
+}
+
+/* derivative from the activation's own value */
+INLINE float slope(int32_t kind, float y)
+{
+    if (kind == RELU) return y > 0.0f ? 1.0f : 0.0f;
+    if (kind == TANH) return 1.0f - y * y;
+    if (kind == SIGMOID) return y * (1.0f - y);
+    float d = 1.0f - fabsf(y);
+    return d * d;
+}
+
+typedef struct { float mean, inverse_std; } Normal;
+
+INLINE Normal moments(const float *x, int64_t n)
+{
+    float sum = 0.0f, square = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += x[i];
+    float mean = sum / (float)n;
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
+    Normal result = {mean, 1.0f / sqrtf(square / (float)n + LAYER_NORM_EPS)};
+    return result;
+}
+
+INLINE void standardize(const float *x, float *out, int64_t n, Normal m)
+{
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) out[i] = (x[i] - m.mean) * m.inverse_std;
+}
+
+/* gradient of x from that of its standard form `s`; adds to the gradients of gain and shift */
+INLINE void norm_backward(
+    float *grad, const float *s, const float *gain, float *grad_gain, float *grad_shift,
+    int64_t n, float inverse_std)
+{
+    float mean = 0.0f, along = 0.0f;
+#pragma omp simd reduction(+ : mean, along)
+    for (int64_t i = 0; i < n; i++) {
+        grad_gain[i] += grad[i] * s[i];
+        grad_shift[i] += grad[i];
+        grad[i] *= gain[i];
+        mean += grad[i];
+        along += grad[i] * s[i];
+    }
+    mean /= (float)n;
+    along /= (float)n;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) grad[i] = (grad[i] - mean - s[i] * along) * inverse_std;
+}
+
+typedef struct {
+    float *target, *sigmoid, *update, *total, *candidate, *mixed; /* rows of scratch */
+    Normal target_normal, update_normal, total_normal;
+    float e_norm, r_norm;    /* inverse norms of embedded input and target */
+    float scale_w, scale_r;  /* of the two reflections, 0 where left out */
+    float k, z, rw, square;
+} Row;
+
+/* all of a step up to (not including) time normalisation and zoneout */
+INLINE void row_forward(
+    const Options *o, const float *pre, const float *eps, const float *h, float *scratch, Row *row)
+{
+    const int64_t n = o->size;
+    row->target = scratch;
+    row->sigmoid = scratch + n;
+    row->update = scratch + 2 * n;
+    row->total = scratch + 3 * n;
+    row->candidate = scratch + 4 * n;
+    row->mixed = scratch + 5 * n;
+    float *target = row->target, *sig = row->sigmoid, *update = row->update;
+    float *total = row->total, *candidate = row->candidate, *mixed = row->mixed;
+
+    if (o->gate_norm == NO_NORM) {
+        memcpy(target, pre, (size_t)n * sizeof(float));
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) update[i] = sig[i] = sigmoid(pre[n + i]);
+    } else {
+        row->target_normal = moments(pre, n);
+        standardize(pre, target, n, row->target_normal);
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++)
+            target[i] = target[i] * o->gate_gain[i] + o->gate_shift[i];
+        const float *gain = o->gate_gain + n, *shift = o->gate_shift + n;
+        if (o->gate_norm == PRE_SIGMOID) {
+            row->update_normal = moments(pre + n, n);
+            standardize(pre + n, update, n, row->update_normal);
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++)
+                update[i] = sig[i] = sigmoid(update[i] * gain[i] + shift[i]);
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++) sig[i] = sigmoid(pre[n + i]);
+            row->update_normal = moments(sig, n);
+            standardize(sig, update, n, row->update_normal);
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++) update[i] = update[i] * gain[i] + shift[i];
+        }
+    }
+
+    float ee = 0.0f, tt = 0.0f;
+#pragma omp simd reduction(+ : ee, tt)
+    for (int64_t i = 0; i < n; i++) {
+        ee += eps[i] * eps[i];
+        tt += target[i] * target[i];
+    }
+    const int is_identity = ee < FLOOR || tt < FLOOR;
+    const float e_norm = ee < FLOOR ? 1.0f : 1.0f / sqrtf(ee);
+    const float r_norm = tt < FLOOR ? 1.0f : 1.0f / sqrtf(tt);
+    float ww = 0.0f, wh = 0.0f, rh = 0.0f, rw = 0.0f;
+#pragma omp simd reduction(+ : ww, wh, rh, rw)
+    for (int64_t i = 0; i < n; i++) {
+        const float r = target[i] * r_norm, w = eps[i] * e_norm + r;
+        ww += w * w;
+        wh += w * h[i];
+        rh += r * h[i];
+        rw += r * w;
+    }
+    const float scale_w = is_identity || ww < FLOOR ? 0.0f : 2.0f / ww;
+    const float scale_r = is_identity ? 0.0f : 2.0f;
+    const float k = scale_w * wh, z = rh - k * rw;
+    row->e_norm = e_norm;
+    row->r_norm = r_norm;
+    row->scale_w = scale_w;
+    row->scale_r = scale_r;
+    row->k = k;
+    row->z = z;
+    row->rw = rw;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        const float r = target[i] * r_norm, w = eps[i] * e_norm + r;
+        total[i] = eps[i] + h[i] - k * w - scale_r * z * r;
+    }
+    if (o->gate_norm == NO_NORM) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) candidate[i] = activate(o->activation, total[i]);
+    } else {
+        row->total_normal = moments(total, n);
+        standardize(total, total, n, row->total_normal);
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++)
+            candidate[i] =
+                activate(o->activation, total[i] * o->total_gain[i] + o->total_shift[i]);
+    }
+    float square = 0.0f;
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < n; i++) {
+        mixed[i] = candidate[i] + update[i] * (h[i] - candidate[i]);
+        square += mixed[i] * mixed[i];
+    }
+    row->square = square;
+}
+
+CLONES void rum_rows_forward(
+    const Options *o, int64_t first, int64_t last, const float *pre, const float *eps,
+    const float *h, const float *mask, float *out, float *scratch)
+{
+    const int64_t n = o->size;
+    for (int64_t b = first; b < last; b++) {
+        Row row = {0};
+        const float *previous = h + b * n;
+        row_forward(o, pre + 2 * b * n, eps + b * n, previous, scratch, &row);
+        const float square = row.square < FLOOR ? FLOOR : row.square;
+        const float scale = o->has_eta ? o->eta / sqrtf(square) : 1.0f;
+        const float *mixed = row.mixed, *kept = mask ? mask + b * n : 0;
+        float *result = out + b * n;
+        if (kept) {
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++) {
+                const float new = scale * mixed[i];
+                result[i] = new + kept[i] * (previous[i] - new);
+            }
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++) {
+                const float new = scale * mixed[i];
+                result[i] = new + o->zoneout * (previous[i] - new);
+            }
+        }
+    }
+}
+
+/* grad_state holds the gradient that later steps gave this step's state, and afterwards that of
+ * the previous state without its share through `pre`; grad_norms is [6N], summed into */
+CLONES void rum_rows_backward(
+    const Options *o, int64_t first, int64_t last, const float *pre, const float *eps,
+    const float *h, const float *mask, const float *grad_out, float *grad_state, float *grad_pre,
+    float *grad_eps, float *grad_norms, float *scratch)
+{
+    const int64_t n = o->size;
+    for (int64_t b = first; b < last; b++) {
+        Row row = {0};
+        const float *previous = h + b * n, *embedded = eps + b * n, *gates = pre + 2 * b * n;
+        row_forward(o, gates, embedded, previous, scratch, &row);
+        const float *kept = mask ? mask + b * n : 0, *from_out = grad_out + b * n;
+        const float *mixed = row.mixed, *candidate = row.candidate, *update = row.update;
+        const float *target = row.target, *total = row.total, *sig = row.sigmoid;
+        float *state = grad_state + b * n, *of_target = grad_pre + 2 * b * n;
+        float *of_update = of_target + n, *grad = grad_eps + b * n;
+
+        /* zoneout and time normalisation */
+        const float square = row.square < FLOOR ? FLOOR : row.square;
+        const float scale = o->has_eta ? o->eta / sqrtf(square) : 1.0f;
+        float along = 0.0f;
+#pragma omp simd reduction(+ : along)
+        for (int64_t i = 0; i < n; i++) {
+            const float all = from_out[i] + state[i];
+            const float keep = all * (kept ? kept[i] : o->zoneout);
+            state[i] = keep;
+            grad[i] = all - keep;
+            along += mixed[i] * grad[i];
+        }
+        along = !o->has_eta || row.square < FLOOR ? 0.0f : along / square;
+        /* the mix of candidate and previous state */
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) {
+            const float g = scale * (grad[i] - along * mixed[i]);
+            of_update[i] = g * (previous[i] - candidate[i]);
+            state[i] += g * update[i];
+            grad[i] = (g - g * update[i]) * slope(o->activation, candidate[i]);
+        }
+        if (o->gate_norm != NO_NORM)
+            norm_backward(
+                grad, total, o->total_gain, grad_norms + 4 * n, grad_norms + 5 * n, n,
+                row.total_normal.inverse_std);
+
+        /* the rotation: two reflections */
+        const float e_norm = row.e_norm, r_norm = row.r_norm, k = row.k, z = row.z;
+        const float scale_r = row.scale_r;
+        float rg = 0.0f, wg = 0.0f;
+#pragma omp simd reduction(+ : rg, wg)
+        for (int64_t i = 0; i < n; i++) {
+            const float r = target[i] * r_norm, w = embedded[i] * e_norm + r;
+            rg += r * grad[i];
+            wg += w * grad[i];
+        }
+        const float s = row.scale_w * (wg - scale_r * rg * row.rw);
+        float we = 0.0f, tr = 0.0f;
+#pragma omp simd reduction(+ : we, tr)
+        for (int64_t i = 0; i < n; i++) {
+            const float e = embedded[i] * e_norm, r = target[i] * r_norm, w = e + r;
+            const float reflected = grad[i] - scale_r * rg * r;
+            const float of_w = s * k * w - s * previous[i] - k * reflected;
+            const float of_r = of_w - scale_r * (z * grad[i] + rg * (previous[i] - k * w));
+            we += of_w * e;
+            tr += of_r * r;
+        }
+        const int is_identity = scale_r == 0.0f;
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) {
+            const float e = embedded[i] * e_norm, r = target[i] * r_norm, w = e + r;
+            const float reflected = grad[i] - scale_r * rg * r;
+            const float of_w = s * k * w - s * previous[i] - k * reflected;
+            const float of_r = of_w - scale_r * (z * grad[i] + rg * (previous[i] - k * w));
+            state[i] += reflected - s * w;
+            of_target[i] = is_identity ? 0.0f : (of_r - tr * r) * r_norm;
+            grad[i] += is_identity ? 0.0f : (of_w - we * e) * e_norm;
+        }
+
+        /* the gates */
+        if (o->gate_norm != POST_SIGMOID) {
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++) of_update[i] *= sig[i] * (1.0f - sig[i]);
+        }
+        if (o->gate_norm != NO_NORM) {
+            float *standard = row.mixed; /* no longer needed */
+            standardize(gates, standard, n, row.target_normal);
+            norm_backward(
+                of_target, standard, o->gate_gain, grad_norms, grad_norms + 2 * n, n,
+                row.target_normal.inverse_std);
+            const float *source = o->gate_norm == PRE_SIGMOID ? gates + n : sig;
+            standardize(source, standard, n, row.update_normal);
+            norm_backward(
+                of_update, standard, o->gate_gain + n, grad_norms + n, grad_norms + 3 * n, n,
+                row.update_normal.inverse_std);
+        }
+        if (o->gate_norm == POST_SIGMOID) {
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++) of_update[i] *= sig[i] * (1.0f - sig[i]);
+        }
+    }
+}
+
+static int num_threads(const Options *o)
+{
+#ifdef _OPENMP
+    if (o->batch * o->size < SMALL) return 1;
+    return o->threads < o->batch ? o->threads : (int)o->batch;
+#else
+    (void)o;
+    return 1;
+#endif
+}
+
+/* scratch: ROW_BUFFERS x N a thread */
+void rum_step_forward(
+    const Options *o, const float *pre, const float *eps, const float *h, const float *mask,
+    float *out, float *scratch)
+{
+    const int count = num_threads(o);
+#pragma omp parallel for num_threads(count) schedule(static, 1)
+    for (int part = 0; part < count; part++)
+        rum_rows_forward(
+            o, o->batch * part / count, o->batch * (part + 1) / count, pre, eps, h, mask, out,
+            scratch + (int64_t)part * ROW_BUFFERS * o->size);
+}
+
+/* grad_norms: 6 x N a thread */
+void rum_step_backward(
+    const Options *o, const float *pre, const float *eps, const float *h, const float *mask,
+    const float *grad_out, float *grad_state, float *grad_pre, float *grad_eps, float *grad_norms,
+    float *scratch)
+{
+    const int count = num_threads(o);
+#pragma omp parallel for num_threads(count) schedule(static, 1)
+    for (int part = 0; part < count; part++)
+        rum_rows_backward(
+            o, o->batch * part / count, o->batch * (part + 1) / count, pre, eps, h, mask, grad_out,
+            grad_state, grad_pre, grad_eps, grad_norms + (int64_t)part * 6 * o->size,
+            scratch + (int64_t)part * ROW_BUFFERS * o->size);
+}

@@ -1,0 +1,17 @@
+"""Builds the compiled kernel where there is a C compiler; all else is in pyproject.toml."""
+
+import sys
+
+from setuptools import Extension, setup
+
+# Loaded with ctypes, so it is no Python module. OpenMP's library is torch's own at run time: both
+# ask for libgomp.so.1. Without a compiler the installation goes on (`optional`).
+KERNEL = Extension(
+    "rum.kernels._rum_cpu",
+    ["rum/kernels/rum_cpu.c"],
+    extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
+    extra_link_args=["-fopenmp", "-lm"],
+    optional=True,
+)
+
+setup(ext_modules=[KERNEL] if sys.platform == "linux" else [])

@@ -1,0 +1,202 @@
+"""The compiled kernel against the step-by-step reference in float64."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rum.cells import RUMCell
+from rum.errors import ConfigError
+from rum.kernels import cpu
+
+INPUT_SIZE, STEPS, BATCH = 4, 9, 5
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "eta": {"eta": 0.7},
+    "no-bias": {"embedding_bias": False, "activation": "tanh"},
+    "layer-norm": {"layer_norm": True, "eta": 1.0, "activation": "sigmoid"},
+    "pre-sigmoid": {"layer_norm": True, "layer_norm_gate": "pre_sigmoid", "activation": "tanh"},
+    "zoneout": {"zoneout": 0.3, "activation": "softsign"},
+    "all": {"layer_norm": True, "eta": 1.0, "zoneout": 0.2, "activation": "tanh"},
+}
+
+built = pytest.mark.skipif(
+    cpu.library() is None, reason="the compiled kernel was not built: no C compiler here"
+)
+
+
+@pytest.fixture(params=[1, 2], ids=lambda threads: f"{threads}-threads")
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def draw(*shape: int, seed: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def pair(size: int, **options: Any) -> tuple[RUMCell, RUMCell]:
+    """The reference in float64 and the compiled kernel, with the same float32 weights."""
+    torch.manual_seed(1)
+    ours = RUMCell(INPUT_SIZE, size, backend="cpu", **options)
+    exact = RUMCell(INPUT_SIZE, size, backend="reference", dtype=torch.float64, **options)
+    exact.load_state_dict(ours.state_dict())
+    return ours, exact
+
+
+def run(cell: RUMCell, input: Tensor, hidden: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """Outputs and the gradients of everything, for masks given from outside."""
+    dtype = cell.weight_hh.dtype
+    noise = () if mask is None else (mask.to(dtype),)
+    cell.sample_noise = lambda length, batch: noise  # type: ignore[method-assign]
+    leaves = [input.to(dtype).requires_grad_(), hidden.to(dtype).requires_grad_()]
+    outputs, _ = cell.unroll(leaves[0], (leaves[1],))
+    weights = torch.linspace(-1, 2, outputs.numel(), dtype=dtype).view_as(outputs)
+    gradients = torch.autograd.grad((outputs * weights).sum(), [*leaves, *cell.parameters()])
+    return [tensor.double() for tensor in (outputs, *gradients)]
+
+
+def assert_close(ours: list[Tensor], exact: list[Tensor]) -> None:
+    """Relative norm: 1e-5 of values, 1e-4 of gradients."""
+    for index, (a, b) in enumerate(zip(ours, exact, strict=True)):
+        error = ((a - b).norm() / b.norm().clamp(min=1e-3)).item()
+        assert error < (1e-4 if index else 1e-5), index
+
+
+@built
+@pytest.mark.parametrize("training", [True, False], ids=["masks", "expectation"])
+@pytest.mark.parametrize("size", [2, 7, 50, 250])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_values_and_gradients_are_those_of_the_reference(
+    options: dict[str, Any], size: int, training: bool, threads: int
+) -> None:
+    ours, exact = pair(size, **options)
+    batch = 64 if size == 250 else BATCH  # enough for threads to share
+    mask = None
+    if training and options.get("zoneout"):
+        mask = (draw(STEPS, batch, size, seed=7) < -0.5).double()
+    inputs = draw(STEPS, batch, INPUT_SIZE), draw(batch, size, seed=3)
+    assert_close(run(ours, *inputs, mask), run(exact, *inputs, mask))
+
+
+@built
+@pytest.mark.parametrize("size", [1, 3])
+def test_one_unit_and_empty_shapes(size: int) -> None:
+    ours, exact = pair(size, activation="tanh")
+    inputs = draw(STEPS, BATCH, INPUT_SIZE), draw(BATCH, size, seed=3)
+    assert_close(run(ours, *inputs, None), run(exact, *inputs, None))
+    for shape in ((0, BATCH, INPUT_SIZE), (STEPS, 0, INPUT_SIZE)):
+        input = torch.zeros(shape, requires_grad=True)
+        outputs, _ = ours.unroll(input)
+        assert outputs.shape == (*shape[:2], size)
+        outputs.sum().backward()
+        assert input.grad is not None
+
+
+@built
+@pytest.mark.parametrize(
+    "degrees", [0.0, 1e-3, 0.1, 90.0, 179.0, 180.0, "zero source", "zero target"]
+)
+def test_degenerate_angles(degrees: float | str) -> None:
+    ours, exact = pair(5, activation="tanh")
+    angle = math.radians(degrees) if isinstance(degrees, float) else 1.0
+    target = torch.tensor([math.cos(angle), math.sin(angle), 0, 0, 0])
+    if degrees == 180.0:
+        target = torch.tensor([-1.0, 0, 0, 0, 0])
+    source = torch.tensor([1.0, 0, 0, 0, 0])
+    with torch.no_grad():
+        ours.weight_ih.zero_()
+        ours.weight_hh[:5] = 0
+        ours.bias[:5] = 0 if degrees == "zero target" else 1.7 * target
+        assert ours.embedding_bias is not None
+        ours.embedding_bias.copy_(0 * source if degrees == "zero source" else 0.6 * source)
+    exact.load_state_dict(ours.state_dict())
+    inputs = draw(6, BATCH, INPUT_SIZE), draw(BATCH, 5, seed=3)
+    got = run(ours, *inputs, None)
+    assert all(tensor.isfinite().all() for tensor in got)
+    if degrees != 179.0:  # there float32's own rounding of the weights is magnified a hundredfold
+        assert_close(got, run(exact, *inputs, None))
+
+
+@built
+def test_strided_inputs_are_taken() -> None:
+    ours, exact = pair(6)
+    input = draw(BATCH, INPUT_SIZE, STEPS).permute(2, 0, 1)
+    hidden = draw(6, BATCH, seed=3).t()
+    assert not input.is_contiguous()
+    assert_close(run(ours, input, hidden, None), run(exact, input, hidden, None))
+
+
+@built
+def test_the_same_number_of_threads_gives_the_same_bits(threads: int) -> None:
+    ours, _ = pair(250, layer_norm=True, eta=1.0)
+    inputs = draw(STEPS, 64, INPUT_SIZE), draw(64, 250, seed=3)
+    for first, second in zip(run(ours, *inputs, None), run(ours, *inputs, None), strict=True):
+        assert torch.equal(first, second)
+
+
+@built
+def test_flush_to_zero_stays_off() -> None:
+    """A library built with -ffast-math would set it for the whole thread when it is loaded."""
+    ours, _ = pair(3)
+    ours.unroll(torch.zeros(1, 1, INPUT_SIZE))
+    assert (torch.tensor([1e-30]) * 1e-10).item() > 0
+
+
+@built
+def test_a_second_derivative_is_refused() -> None:
+    ours, _ = pair(3)
+    input = torch.randn(2, 2, INPUT_SIZE, requires_grad=True)
+    outputs, _ = ours.unroll(input)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(outputs.sum(), input, create_graph=True)
+
+
+@built
+def test_saved_for_backward_are_four_states_a_step() -> None:
+    ours, _ = pair(32)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        ours.unroll(torch.randn(20, 8, INPUT_SIZE))
+    activations = 20 * 8 * 32
+    assert 4 * activations <= sum(kept.values()) < 5.5 * activations
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.float64}, "backend 'cpu' computes in float32, got torch.float64"),
+        ({"device": "meta"}, "backend 'cpu' runs on the CPU, got meta"),
+    ],
+)
+def test_what_cannot_be_served_is_an_error(options: dict[str, Any], message: str) -> None:
+    cell = RUMCell(INPUT_SIZE, 3, backend="cpu", **options)
+    with pytest.raises(ConfigError, match=message):
+        cell.unroll(torch.zeros(1, 1, INPUT_SIZE, **options))
+
+
+def test_an_associative_memory_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="backend 'cpu' serves lambda_ = 0, got 1"):
+        RUMCell(INPUT_SIZE, 3, lambda_=1, backend="cpu")
+
+
+def test_without_a_build_fused_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    cell = RUMCell(INPUT_SIZE, 3)
+    outputs, _ = cell.unroll(torch.randn(2, 2, INPUT_SIZE))
+    assert outputs.grad_fn is not None
+    assert "_FusedRecurrence" in outputs.grad_fn.name()
+    cell.backend = "cpu"
+    with pytest.raises(ConfigError, match="was not built: there was no C compiler"):
+        cell.unroll(torch.randn(2, 2, INPUT_SIZE))
