@@ -87,11 +87,15 @@ class MemoryNetwork(nn.Module):
         story, question = symbols[:split], symbols[split:]
         sentences = _sentences(story, self.story.sentence_ends)
         slots, num_slots = self._slots(sentences)
-        attended = torch.arange(self.memory_size, device=symbols.device) < num_slots.unsqueeze(1)
-        attention = self._read(self.embeddings[0], question, _one_sentence(question))
+        used = int(num_slots.max()) if num_slots.numel() else 0
+        attended = torch.arange(used, device=symbols.device) < num_slots.unsqueeze(1)
+        question = question.t()
+        attention = (self.embeddings[0](question) * self._weights(question)).sum(-2)
+        words = _packed(story, sentences, slots, used)
+        weights = self._weights(words)
+        memory = self._memory(0, words, weights)
         for hop in range(len(self.embeddings) - 1):
-            memory = self._memory(hop, story, sentences, slots)
-            answer = self._memory(hop + 1, story, sentences, slots)
+            answer = self._memory(hop + 1, words, weights)
             score = (memory @ attention.unsqueeze(-1)).squeeze(-1)
             if self.linear:
                 weight = score.masked_fill(~attended, 0.0)
@@ -99,6 +103,7 @@ class MemoryNetwork(nn.Module):
                 score = score.masked_fill(~attended, torch.finfo(score.dtype).min)
                 weight = score.softmax(-1).masked_fill(~attended, 0.0)
             attention = attention + (weight.unsqueeze(1) @ answer).squeeze(1)
+            memory = answer  # adjacent tying
         last = self.embeddings[-1]
         assert isinstance(last, nn.Embedding)
         return F.linear(attention, last.weight).unsqueeze(0), ()
@@ -116,36 +121,24 @@ class MemoryNetwork(nn.Module):
         num_slots = total + before.gather(1, total.unsqueeze(1)).squeeze(1)
         return sentences.number + shift, num_slots.clamp(max=self.memory_size)
 
-    def _memory(self, index: int, story: Tensor, sentences: "_Sentences", slots: Tensor) -> Tensor:
-        """Sentences by one of the embeddings: `(B, memory_size, d)`."""
-        embedding = self.embeddings[index]
-        assert isinstance(embedding, nn.Embedding)
-        size, batch = embedding.embedding_dim, story.shape[1]
-        kept = sentences.is_word & (slots < self.memory_size)
-        words = self._encoded(embedding, story, sentences) * kept.unsqueeze(-1)
-        row = torch.arange(batch, device=story.device) * self.memory_size
-        flat = (row + slots.clamp(0, self.memory_size - 1)).flatten()
-        memory = words.new_zeros(batch * self.memory_size, size)
-        memory = memory.index_add(0, flat, words.flatten(0, 1))
-        temporal = self.temporal[index]
-        assert isinstance(temporal, Tensor)
-        return memory.view(batch, self.memory_size, size) + temporal
+    def _memory(self, index: int, words: Tensor, weights: Tensor) -> Tensor:
+        """Packed sentences by one of the embeddings: `(B, memories, d)`."""
+        embedded: Tensor = self.embeddings[index](words)
+        temporal: Tensor = self.temporal[index][: words.shape[1]]
+        return (embedded * weights).sum(-2) + temporal
 
-    def _read(self, embedding: nn.Module, question: Tensor, sentence: "_Sentences") -> Tensor:
-        assert isinstance(embedding, nn.Embedding)
-        words = self._encoded(embedding, question, sentence) * sentence.is_word.unsqueeze(-1)
-        return words.sum(0)
-
-    def _encoded(self, embedding: nn.Embedding, words: Tensor, sentences: "_Sentences") -> Tensor:
-        """Embedded words times their position encoding, `(S, B, d)`."""
-        embedded: Tensor = embedding(words)
+    def _weights(self, words: Tensor) -> Tensor:
+        """Of the words of sentences `(..., J)` in a sum: `(..., J, 1 or d)`, 0 for blanks (0)."""
+        like: Tensor = self.temporal[0]
+        is_word = words != 0
         if not self.position_encoding:
-            return embedded
-        size = embedding.embedding_dim
-        feature = torch.arange(1, size + 1, device=words.device, dtype=embedded.dtype) / size
-        position = sentences.position.to(embedded.dtype)
-        place = (position / sentences.length.clamp(min=1)).unsqueeze(-1)
-        return embedded * ((1 - place) - feature * (1 - 2 * place))
+            return is_word.unsqueeze(-1).to(like.dtype)
+        size = like.shape[-1]
+        feature = torch.arange(1, size + 1, device=like.device, dtype=like.dtype) / size
+        position = is_word.cumsum(-1).to(like.dtype)
+        place = (position / is_word.sum(-1, keepdim=True).clamp(min=1)).unsqueeze(-1)
+        weights: Tensor = (1 - place) - feature * (1 - 2 * place)
+        return weights * is_word.unsqueeze(-1)
 
 
 @dataclass(frozen=True)
@@ -157,8 +150,6 @@ class _Sentences:
     """Of its sentence, 0 for the most recent."""
     position: Tensor
     """Among the words of its sentence, from 1."""
-    length: Tensor
-    """Words of its sentence."""
     count: Tensor
     """`(B,)`: sentences of the story."""
 
@@ -182,18 +173,27 @@ def _sentences(story: Tensor, ends: tuple[int, ...]) -> _Sentences:
     last = int(count.max()) if count.numel() else 0
     per_sentence = torch.zeros(last + 1, story.shape[1], dtype=torch.long, device=story.device)
     per_sentence.scatter_add_(0, number.clamp(min=0), is_word.long())
-    length = per_sentence.gather(0, number.clamp(min=0))
     # words of all earlier sentences: those of the sentence itself and of later ones taken away
     from_here = per_sentence.cumsum(0).gather(0, number.clamp(min=0))
     position = words_so_far - (is_word.sum(0) - from_here)
-    return _Sentences(is_word, number, position, length, count)
+    return _Sentences(is_word, number, position, count)
 
 
-def _one_sentence(question: Tensor) -> _Sentences:
-    is_word = question != 0
-    position = is_word.long().cumsum(0)
-    length = is_word.sum(0).expand_as(question)
-    return _Sentences(is_word, torch.zeros_like(question), position, length, is_word.any(0).long())
+def _packed(story: Tensor, sentences: _Sentences, slots: Tensor, memories: int) -> Tensor:
+    """The words of each memory, padded with 0: `(B, memories, longest sentence)`.
+
+    No two words go to one place, so the result is the same on every device.
+    """
+    kept = sentences.is_word & (slots < memories)
+    position = sentences.position * kept
+    longest = int(position.max()) if position.numel() else 0
+    packed = story.new_zeros(story.shape[1], memories, longest + 1)
+    if not memories:
+        return packed
+    row = torch.arange(story.shape[1], device=story.device)
+    # place 0 takes all that is not kept: blanks
+    packed[row, slots.clamp(0, memories - 1), position] = story * kept
+    return packed[..., 1:]
 
 
 @register_model

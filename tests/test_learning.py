@@ -52,7 +52,7 @@ def solves_copying(run: dict[str, Any]) -> None:
 def stays_at_the_baseline(run: dict[str, Any]) -> None:
     baseline = 10 * math.log(8) / 120
     assert run["baselines"]["memoryless"] == pytest.approx(baseline)
-    assert min(run["curves"]["validation/cross_entropy"]) > 0.97 * baseline
+    assert min(run["curves"]["validation/cross_entropy"]) > 0.95 * baseline
     assert best(run, "answer_accuracy") < 0.25  # one in eight is chance
 
 

@@ -1,5 +1,9 @@
 """The end-to-end memory network against loops over samples, sentences and words."""
 
+import subprocess
+import sys
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +13,16 @@ from rum.errors import ConfigError
 from rum.memory_network import MemN2NConfig, MemoryNetwork, _sentences
 from rum.models import ModelSizes, build_model, count_parameters
 from rum.tasks import CopyingConfig
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine the threads of tiny operations only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 END, QUESTION_LENGTH, VOCAB = 1, 4, 9
 STORIES = [
@@ -91,6 +105,43 @@ def test_answers_are_those_of_the_equations(options: dict[str, object]) -> None:
         np.testing.assert_allclose(logits[0, column].numpy(), expected, rtol=0, atol=1e-10)
 
 
+def test_the_last_fifty_sentences_are_remembered_whatever_their_length() -> None:
+    generator = np.random.default_rng(6)
+    stories = []
+    for count in (49, 50, 51, 120, 1):
+        lengths = generator.choice([0, 1, 2, 9], size=count)  # "..": a sentence without a word
+        sentences = [generator.integers(2, VOCAB, size=n).tolist() for n in lengths]
+        stories.append((sentences, [3, 4]))
+    model = network()
+    input = encode(stories, length=700)
+    with torch.no_grad():
+        logits, _ = model(input)
+    for column, (sentences, question) in enumerate(stories):
+        expected = by_hand(model, sentences, question)
+        np.testing.assert_allclose(logits[0, column].numpy(), expected, rtol=0, atol=1e-10)
+    # and nothing before them: the same without the first 70 of 120
+    shorter, _ = model(encode([(stories[3][0][-50:], [3, 4])], length=700))
+    torch.testing.assert_close(shorter[0, 0], logits[0, 3], rtol=0, atol=1e-12)
+
+
+def test_the_last_sentence_need_not_be_ended() -> None:
+    model = network()
+    ended = encode([STORIES[0]])
+    length = len(ended) - QUESTION_LENGTH
+    open_end = torch.cat((ended[: length - 1], ended[length:]))
+    torch.testing.assert_close(model(open_end)[0], model(ended)[0], rtol=0, atol=1e-12)
+
+
+def test_the_blank_is_no_word_even_where_reading_out_has_trained_its_row() -> None:
+    model = network()
+    before, _ = model(encode(STORIES))
+    with torch.no_grad():
+        for embedding in model.embeddings:
+            embedding.weight[0] = 3.0  # type: ignore[union-attr, operator, index]
+    after, _ = model(encode(STORIES))
+    torch.testing.assert_close(after[..., 1:], before[..., 1:], rtol=0, atol=1e-12)
+
+
 def test_padding_and_neighbours_do_not_change_an_answer() -> None:
     model = network()
     with torch.no_grad():
@@ -145,6 +196,21 @@ def test_empty_memories_are_inserted_in_training_only() -> None:
         expected = s + (int(before[s - 1]) if s else 0)
         assert set(slots[(sentences.number == s) & sentences.is_word].tolist()) == {expected}
     assert count.item() == 5 + int(before[4])
+
+
+def test_no_sum_depends_on_the_order_a_device_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("sums in any order on CUDA")
+
+    for name in ("index_add", "index_add_", "scatter_add", "scatter_reduce"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    network()(encode(STORIES))
+
+
+def test_importing_experiments_registers_the_model() -> None:
+    code = "import rum.experiment; from rum.cells import MODELS; print(MODELS['memn2n'].__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "MemN2NConfig"
 
 
 def test_size_is_a_table_and_times_for_every_hop_and_one_more() -> None:

@@ -37,13 +37,15 @@ class HMLSTMCell(Cell):
     z has no derivative: backward passes through it as if it were z~ (straight-through estimator).
 
     Parameters, a list over levels each: `weight_hh (4N [+ 1], N)` (U), `weight_above` (V),
-    `weight_below` (W), `bias`; `output_gate (L, L N)` (w), `output_weight (N, L N)` (E). Initial
-    values, not published: Glorot-uniform, biases 0.
+    `weight_below` (W), `bias`; `output_gate (L, L N)` (w), `output_weight (N, L N)` (E).
 
     State: `(output, h_1 .. h_L, c_1 .. c_L, z_1 .. z_{L-1})`, z `(B, 1)`.
 
     Source: Chung, Ahn and Bengio 2017 (Hierarchical Multiscale Recurrent Neural Networks), section
-    3 and equations 11 and 12. The slope is constant here; there it grows during training.
+    3; the output is that of their output module, equations 11 and 12.
+
+    Chosen, not published: Glorot-uniform initial values, biases 0, no segment ended before the
+    first step, an output of N units. The slope is constant here; there it grows during training.
     """
 
     def __init__(

@@ -46,8 +46,11 @@ class HyperLSTMCell(Cell):
 
     State: `(h, c, k, c of the hyper cell)`.
 
-    Source: Ha, Dai and Le 2017, section 3.2 and appendix A.2.2. Layer norm with this library's
-    eps of 1e-3.
+    Source: Ha, Dai and Le 2017, section 3.2 and appendix A.2.2. The embeddings see k after its
+    step, as in the authors' code (supercell).
+
+    Chosen here: layer norm with this library's eps of 1e-3; layer norm, forget bias and initial
+    values of the hyper cell are those of `LSTMCell`.
     """
 
     def __init__(

@@ -31,7 +31,10 @@ class NASCell(Cell):
     ```
 
     Parameters: `weight_ih (8N, input_size)`, `weight_hh (8N, N)`, `bias (8N,)` of the products
-    with h. Initial values: Glorot-uniform, bias 0 (not published).
+    with h.
+
+    Chosen, not published: Glorot-uniform initial values, bias 0; the bias is always there
+    (TensorFlow's is an option).
 
     State: `(h, c)`.
 

@@ -13,7 +13,6 @@ from rum.checks import check_at_least
 
 INITIAL_MEMORY = 0.01  # what every entry of the memory begins with
 WEIGHT_FLOOR = 1e-8  # under the power of the sharpening, whose derivative knows no zero
-SHIFTS = (-1, 0, 1)
 
 
 class NTMCell(Cell):
@@ -24,7 +23,7 @@ class NTMCell(Cell):
     for each head, from a linear map of q:
       wc   = softmax_i(softplus(b) cos(k, M_i))            by content
       wg   = sigmoid(g) wc + (1 - sigmoid(g)) w            or where it was
-      ws_i = sum_j wg_{i-j} softmax(s)_j                   moved by -1, 0 or 1, in a circle
+      ws_i = sum_j wg_{i-j} softmax(s)_j                   moved by -R .. R, in a circle
       w_i  = ws_i^y / sum_j ws_j^y,  y = 1 + softplus(.)   sharpened
     M      = M * (1 - w_write sigmoid(e)') + w_write a'    erase, then add
     read   = M' w_read
@@ -32,14 +31,17 @@ class NTMCell(Cell):
     ```
 
     Parameters: `controller` (an LSTM of N units), `heads` (the linear map to k, b, g, s, y of
-    both heads and e, a of the write head), `output`. Initial values are torch's own of linear
-    maps: none are published. Both heads begin at the first place of a memory of equal entries.
+    the read head, then of the write head, then e, a), `output`.
 
     State: `(output, q, c of the LSTM, read, w_read, w_write, M)`, M `(B, memory_size,
     memory_width)`.
 
-    Source: Graves, Wayne and Danihelka 2014, section 3. The write head writes before the read head
-    reads.
+    Source: Graves, Wayne and Danihelka 2014, section 3.
+
+    Chosen, not published: the output is linear in the controller's and the read vector joined;
+    the write head writes before the read head reads; softplus and sigmoid bring b, y and g into
+    their ranges; both heads begin at the first place of a memory of entries 0.01; initial values
+    are those of `LSTMCell` and torch's of linear maps; 1e-8 is added to ws before its power.
     """
 
     def __init__(
@@ -49,21 +51,26 @@ class NTMCell(Cell):
         *,
         memory_size: int = 32,
         memory_width: int = 20,
+        shift_range: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """See `NTMCellConfig` for the options."""
         super().__init__()
         NTMCellConfig(  # checks the options
-            hidden_size=hidden_size, memory_size=memory_size, memory_width=memory_width
+            hidden_size=hidden_size,
+            memory_size=memory_size,
+            memory_width=memory_width,
+            shift_range=shift_range,
         )
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.memory_size = memory_size
         self.memory_width = memory_width
+        self.shift_range = shift_range
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.controller = LSTMCell(input_size + memory_width, hidden_size, **like)
-        self._sizes = 2 * [memory_width, 1, 1, len(SHIFTS), 1] + 2 * [memory_width]
+        self._sizes = 2 * [memory_width, 1, 1, 2 * shift_range + 1, 1] + 2 * [memory_width]
         self.heads = nn.Linear(hidden_size, sum(self._sizes), **like)
         self.output = nn.Linear(hidden_size + memory_width, hidden_size, **like)
 
@@ -98,7 +105,7 @@ class NTMCell(Cell):
         """Sizes, for `print(model)`."""
         return (
             f"{self.input_size}, {self.hidden_size}, memory_size={self.memory_size}, "
-            f"memory_width={self.memory_width}"
+            f"memory_width={self.memory_width}, shift_range={self.shift_range}"
         )
 
 
@@ -110,9 +117,9 @@ def _address(memory: Tensor, weight: Tensor, head: tuple[Tensor, ...]) -> Tensor
     gate = torch.sigmoid(gate)
     gated = gate * by_content + (1 - gate) * weight
     shares = torch.softmax(shift, -1)
-    moved = torch.stack([shares[:, [j]] * gated.roll(by, -1) for j, by in enumerate(SHIFTS)]).sum(
-        0
-    )
+    farthest = shares.shape[-1] // 2
+    by_each = [gated.roll(by, -1) for by in range(-farthest, farthest + 1)]
+    moved = (shares.unsqueeze(-2) * torch.stack(by_each, -1)).sum(-1)
     sharp = (moved + WEIGHT_FLOOR) ** (1 + F.softplus(sharpness))
     return sharp / sharp.sum(-1, keepdim=True)
 
@@ -124,16 +131,19 @@ class NTMCellConfig(CellConfig):
     hidden_size: int = 100
     """Size of the controller and of the output."""
     memory_size: int = 32
-    """Places of the memory, >= 3 (it is moved through in a circle)."""
+    """Places of the memory, >= 2 shift_range + 1 (it is moved through in a circle)."""
     memory_width: int = 20
     """Numbers in a place."""
+    shift_range: int = 1
+    """R, how many places a head may move in a step, either way."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError on a value that the cell does not accept."""
         super().__post_init__()
         check_at_least("hidden_size", self.hidden_size, 1)
-        check_at_least("memory_size", self.memory_size, len(SHIFTS))
         check_at_least("memory_width", self.memory_width, 1)
+        check_at_least("shift_range", self.shift_range, 1)
+        check_at_least("memory_size", self.memory_size, 2 * self.shift_range + 1)
 
     def build(
         self,
@@ -148,6 +158,7 @@ class NTMCellConfig(CellConfig):
             self.hidden_size,
             memory_size=self.memory_size,
             memory_width=self.memory_width,
+            shift_range=self.shift_range,
             device=device,
             dtype=dtype,
         )

@@ -50,7 +50,10 @@ SMALL_OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"hidden_size": 3, "reset_after": True, "initialization": "orthogonal"},
     ],
     "hyper_lstm": [{"hidden_size": 3, "hyper_size": 2, "embedding_size": 2}],
-    "ntm": [{"hidden_size": 3, "memory_size": 4, "memory_width": 2}],
+    "ntm": [
+        {"hidden_size": 3, "memory_size": 4, "memory_width": 2},
+        {"hidden_size": 3, "memory_size": 5, "memory_width": 2, "shift_range": 2},
+    ],
     "hm_lstm": [{"hidden_size": 3}, {"hidden_size": 2, "num_levels": 2, "slope": 2.0}],
     "goru": [{"hidden_size": 4, "style": "fft"}, {"hidden_size": 3}],
     "eunn": [{"hidden_size": 4, "style": "fft"}, {"hidden_size": 3, "capacity": 3}],
