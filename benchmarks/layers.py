@@ -1,0 +1,150 @@
+"""Forward and backward of a RUM on the CPU beside its own matrix products, torch.nn.LSTM and GRU.
+
+python benchmarks/layers.py [threads]     two minutes on two cores; results/layers_cpu.json
+
+All peers run in one process, in turns; the table shows medians and ratios. `error` is the largest
+relative difference of outputs and gradients to the reference in float64.
+"""
+
+import copy
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rum.cells import RUMCell
+from rum.kernels.cpu import library
+
+RESULTS = Path(__file__).parents[1] / "results" / "layers_cpu.json"
+INPUT_SIZE = 32
+ROUNDS = 7
+SIZES = ((256, 128, 150), (1024, 128, 50), (100, 32, 150), (50, 128, 50), (250, 1, 150))
+MEMORY_SIZES = ((50, 128, 50), (100, 32, 100))
+
+Run = Callable[[], None]
+
+
+def products(size: int, input: Tensor) -> Run:
+    """The matrix products alone, in the order of a RUM's forward and backward pass."""
+    steps, batch, features = input.shape
+    weight, from_input = torch.randn(2 * size, size), torch.randn(3 * size, features)
+    hidden, grad = torch.randn(batch, size), torch.randn(steps, batch, 2 * size)
+    states, grad_input = torch.randn(steps, batch, size), torch.randn(steps * batch, 3 * size)
+    out, back = torch.empty(batch, 2 * size), torch.empty(batch, size)
+
+    def run() -> None:
+        flat = input.reshape(-1, features)
+        flat @ from_input.t()
+        for _ in range(steps):
+            torch.mm(hidden, weight.t(), out=out)
+        for t in range(steps):
+            torch.mm(grad[t], weight, out=back)
+        grad.view(-1, 2 * size).t() @ states.view(-1, size)
+        grad_input.t() @ flat
+
+    return run
+
+
+def training(module: nn.Module, input: Tensor) -> Run:
+    """Forward and backward of a layer or of a cell over a sequence."""
+    call = module.unroll if isinstance(module, RUMCell) else module
+
+    def run() -> None:
+        module.zero_grad()
+        call(input)[0].sum().backward()
+
+    return run
+
+
+def error(cell: RUMCell, input: Tensor) -> float:
+    """Against the reference in float64 with the same weights."""
+    exact = copy.deepcopy(cell).double()
+    exact.backend = "reference"
+    results = []
+    for each, dtype in ((cell, torch.float32), (exact, torch.float64)):
+        output = each.unroll(input.to(dtype))[0]
+        gradients = torch.autograd.grad(output.sum(), tuple(each.parameters()))
+        results.append([tensor.double() for tensor in (output, *gradients)])
+    return max(
+        ((a - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in zip(*results, strict=True)
+    )
+
+
+def measure(peers: dict[str, Run]) -> dict[str, float]:
+    """Medians in milliseconds; peers take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    for turn in range(ROUNDS + 1):
+        for name, run in peers.items():
+            began = time.perf_counter()
+            run()
+            if turn:  # the first is to warm up
+                seconds[name].append(time.perf_counter() - began)
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+
+
+def without_memory(size: int, batch: int, steps: int) -> dict[str, float]:
+    """Lambda = 0."""
+    torch.manual_seed(0)
+    input = torch.randn(steps, batch, INPUT_SIZE)
+    backends = ["reference", "fused", *(["cpu"] if library() else [])]
+    cells = {name: RUMCell(INPUT_SIZE, size, backend=name) for name in backends}
+    fastest = cells[backends[-1]]
+    normed = RUMCell(INPUT_SIZE, size, layer_norm=True, eta=1.0, zoneout=0.1)
+    peers = {
+        "products": products(size, input),
+        **{name: training(cell, input) for name, cell in cells.items()},
+        "layer norm, eta, zoneout": training(normed, input),
+        "nn.LSTM": training(nn.LSTM(INPUT_SIZE, size), input),
+        "nn.GRU": training(nn.GRU(INPUT_SIZE, size), input),
+    }
+    result = measure(peers)
+    result["error"] = error(fastest, input)
+    return result
+
+
+def with_memory(size: int, batch: int, steps: int) -> dict[str, float]:
+    """Lambda = 1."""
+    torch.manual_seed(0)
+    input = torch.randn(steps, batch, INPUT_SIZE)
+    cells = {
+        name: RUMCell(INPUT_SIZE, size, lambda_=1, backend=name) for name in ("reference", "fused")
+    }
+    result = measure({name: training(cell, input) for name, cell in cells.items()})
+    result["error"] = error(cells["fused"], input)
+    return result
+
+
+def main() -> None:
+    """Measures, prints and keeps the table."""
+    threads = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+    torch.set_num_threads(threads)
+    table: dict[str, dict[str, float]] = {}
+    for size, batch, steps in SIZES:
+        row = table[f"N {size}, B {batch}, T {steps}"] = without_memory(size, batch, steps)
+        fastest = row.get("cpu", row["fused"])
+        print(
+            f"N {size:>4} B {batch:>3} T {steps:>3}: {fastest:8.1f} ms; ratio to its own products "
+            f"{fastest / row['products']:.2f}, nn.LSTM {fastest / row['nn.LSTM']:.2f}, "
+            f"nn.GRU {fastest / row['nn.GRU']:.2f}, fused {fastest / row['fused']:.2f}, "
+            f"reference {fastest / row['reference']:.2f}; with layer norm "
+            f"{row['layer norm, eta, zoneout'] / fastest:.2f}; error {row['error']:.0e}"
+        )
+    for size, batch, steps in MEMORY_SIZES:
+        row = table[f"lambda 1, N {size}, B {batch}, T {steps}"] = with_memory(size, batch, steps)
+        print(
+            f"lambda 1, N {size:>3} B {batch:>3} T {steps:>3}: {row['fused']:8.1f} ms; ratio to "
+            f"reference {row['fused'] / row['reference']:.2f}; error {row['error']:.0e}"
+        )
+    RESULTS.parent.mkdir(exist_ok=True)
+    about = {"threads": threads, "torch": torch.__version__, "machine": platform.processor()}
+    RESULTS.write_text(json.dumps({"about": about, "milliseconds": table}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
