@@ -105,7 +105,7 @@ EXPERIMENTS: dict[str, tuple[ExperimentConfig, int]] = {
     "ptb_lstm_small": (
         ExperimentConfig(
             model=LSTMConfig(
-                hidden_size=133, layer_norm=True, zoneout_h=0.05, zoneout_c=0.1, dropout=0.05
+                hidden_size=132, layer_norm=True, zoneout_h=0.05, zoneout_c=0.1, dropout=0.05
             ),
             task=SMALL_TEXT,
             training=text(6),
