@@ -1,5 +1,6 @@
 """Builds the compiled kernel where there is a C compiler; all else is in pyproject.toml."""
 
+import platform
 import sys
 
 from setuptools import Extension, setup
@@ -9,7 +10,13 @@ from setuptools import Extension, setup
 KERNEL = Extension(
     "rum.kernels._rum_cpu",
     ["rum/kernels/rum_cpu.c"],
-    extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"],
+    extra_compile_args=[
+        "-O3",
+        "-fopenmp",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
+    ],
     extra_link_args=["-fopenmp", "-lm"],
     optional=True,
 )

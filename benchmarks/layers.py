@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rum.cells import RUMCell
-from rum.kernels.cpu import library
+from rum.kernels.cpu import StepProduct, gradient_of_weight, library
 
 RESULTS = Path(__file__).parents[1] / "results" / "layers_cpu.json"
 INPUT_SIZE = 32
@@ -36,16 +36,17 @@ def products(size: int, input: Tensor) -> Run:
     weight, from_input = torch.randn(2 * size, size), torch.randn(3 * size, features)
     hidden, grad = torch.randn(batch, size), torch.randn(steps, batch, 2 * size)
     states, grad_input = torch.randn(steps, batch, size), torch.randn(steps * batch, 3 * size)
-    out, back = torch.empty(batch, 2 * size), torch.empty(batch, size)
 
     def run() -> None:
         flat = input.reshape(-1, features)
         flat @ from_input.t()
+        forward = StepProduct(weight, batch, steps)
         for _ in range(steps):
-            torch.mm(hidden, weight.t(), out=out)
+            forward(hidden)
+        backward = StepProduct(weight.t(), batch, steps)
         for t in range(steps):
-            torch.mm(grad[t], weight, out=back)
-        grad.view(-1, 2 * size).t() @ states.view(-1, size)
+            backward(grad[t])
+        gradient_of_weight(grad.view(-1, 2 * size), states.view(-1, size))
         grad_input.t() @ flat
 
     return run

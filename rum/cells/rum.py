@@ -269,7 +269,9 @@ class RUMCell(Cell):
             return super().unroll(input, state)
         noise = self.sample_noise(input.shape[0], input.shape[1])
         size = self.hidden_size
-        from_input, embedded = torch.tensor_split(self.project(input), (2 * size,), -1)
+        # Two products, so that no kernel need copy its part out of a joint result.
+        from_input = F.linear(input, self.weight_ih[: 2 * size], self.bias)
+        embedded = F.linear(input, self.weight_ih[2 * size :], self.embedding_bias)
         norms: tuple[Tensor, ...] = ()
         if self.gate_norm is not None and self.candidate_norm is not None:
             norms = (

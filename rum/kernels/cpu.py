@@ -18,6 +18,8 @@ from rum.kernels.step import ACTIVATIONS, RecurrenceOptions
 
 LARGEST_SIZE = 16384
 _ROW_BUFFERS = 6  # rows of scratch for each thread, as in rum_cpu.c
+_SMALLEST_PRODUCT = 2**21  # multiplications from which oneDNN is faster, and
+_FEWEST_STEPS = 8  # steps that pay for packing a weight
 _GATE_NORMS = {None: 0, "post_sigmoid": 1, "pre_sigmoid": 2}
 
 
@@ -48,7 +50,7 @@ def library() -> ctypes.CDLL | None:
     if not path.is_file():
         return None
     loaded = ctypes.CDLL(str(path))
-    for name, pointers in (("rum_step_forward", 6), ("rum_step_backward", 10)):
+    for name, pointers in (("rum_step_forward", 8), ("rum_step_backward", 11)):
         function = getattr(loaded, name)
         function.restype = None
         function.argtypes = [ctypes.POINTER(_Options)] + [ctypes.c_void_p] * pointers
@@ -111,19 +113,22 @@ class _CPURecurrence(torch.autograd.Function):
         outputs = torch.empty_like(embedded)
         c_options = _c_options(options, batch, size, norms)
         scratch = hidden.new_empty(c_options.threads * _ROW_BUFFERS * size)
-        transposed, state, before = weight.t(), hidden, hidden.data_ptr()
-        projections, products = projected.unbind(0), pre.unbind(0)
+        product = StepProduct(weight, batch, len(embedded))
+        state, before = hidden, hidden.data_ptr()
         rows = outputs.unbind(0)
         bytes_of_row = batch * size * 4
         for t in range(len(embedded)):
-            torch.addmm(projections[t], state, transposed, out=products[t])
-            after = outputs.data_ptr() + t * bytes_of_row
+            offset = t * bytes_of_row
+            after = outputs.data_ptr() + offset
+            from_state = product(state)
             compiled.rum_step_forward(
                 c_options,
-                pre.data_ptr() + 2 * t * bytes_of_row,
-                embedded.data_ptr() + t * bytes_of_row,
+                projected.data_ptr() + 2 * offset,
+                from_state.data_ptr(),
+                embedded.data_ptr() + offset,
                 before,
-                mask.data_ptr() + t * bytes_of_row if mask is not None else None,
+                mask.data_ptr() + offset if mask is not None else None,
+                pre.data_ptr() + 2 * offset,
                 after,
                 scratch.data_ptr(),
             )
@@ -155,6 +160,8 @@ class _CPURecurrence(torch.autograd.Function):
         grad_pre = torch.empty_like(pre)
         grad_embedded = torch.empty_like(embedded)
         grad_state = torch.zeros_like(hidden)
+        grad_product = torch.zeros_like(hidden)
+        product = StepProduct(weight.t(), batch, len(embedded))
         products = grad_pre.unbind(0)
         bytes_of_row = batch * size * 4
         for t in reversed(range(len(embedded))):
@@ -166,19 +173,62 @@ class _CPURecurrence(torch.autograd.Function):
                 outputs.data_ptr() + offset - bytes_of_row if t else hidden.data_ptr(),
                 mask.data_ptr() + offset if mask is not None else None,
                 grad_outputs.data_ptr() + offset,
+                grad_product.data_ptr(),
                 grad_state.data_ptr(),
                 grad_pre.data_ptr() + 2 * offset,
                 grad_embedded.data_ptr() + offset,
                 grad_norms.data_ptr(),
                 scratch.data_ptr(),
             )
-            grad_state.addmm_(products[t], weight)
+            grad_product = product(products[t])
+        grad_state += grad_product
         states = torch.cat((hidden.unsqueeze(0), outputs))[:-1]
-        grad_weight = grad_pre.view(-1, 2 * size).t() @ states.view(-1, size)
+        grad_weight = gradient_of_weight(grad_pre.view(-1, 2 * size), states.view(-1, size))
         of_norms: tuple[Tensor, ...] = ()
         if norms:
             of_norms = grad_norms.sum(0).split((2 * size, 2 * size, size, size))
         return None, None, grad_pre, grad_embedded, grad_state, grad_weight, *of_norms
+
+
+class StepProduct:
+    """Multiplies states (B, M) by one weight (K, M), step after step: state weight'.
+
+    The next call may reuse the result. From some size on by oneDNN with the weight packed once:
+    it chooses its code by what the processor can do, where torch.mm's library (MKL) also asks who
+    made it, and takes twice the time on AMD's.
+    """
+
+    def __init__(self, weight: Tensor, batch: int, steps: int) -> None:
+        self._packed: Tensor | None = None
+        if _is_for_onednn(weight, batch) and steps >= _FEWEST_STEPS:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), batch)
+        else:
+            self._transposed = weight.t()
+            self._out = weight.new_empty(batch, len(weight))
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """Returns state weight', (B, K)."""
+        if self._packed is None:
+            return torch.mm(state, self._transposed, out=self._out)
+        return _linear(state, self._packed)
+
+
+def gradient_of_weight(grad: Tensor, states: Tensor) -> Tensor:
+    """Returns grad' states, both (TB, .)."""
+    if _is_for_onednn(grad, states.shape[1]):
+        return _linear(states.t(), grad.t()).t()
+    return grad.t() @ states
+
+
+def _is_for_onednn(matrix: Tensor, rows: int) -> bool:
+    if not (torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return rows >= 8 and rows * matrix.numel() >= _SMALLEST_PRODUCT
+
+
+def _linear(input: Tensor, weight: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, None, "none", [], "")
+    return result
 
 
 def _c_options(

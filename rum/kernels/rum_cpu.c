@@ -18,8 +18,11 @@
 #define ROW_BUFFERS 6
 #define SMALL 8192            /* elements below which threads cost more than they bring */
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+/* By features: the name of a processor, such as "arch=haswell", would match its maker as well. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define CLONES
 #endif
@@ -220,14 +223,18 @@ INLINE void row_forward(
 }
 
 CLONES void rum_rows_forward(
-    const Options *o, int64_t first, int64_t last, const float *pre, const float *eps,
-    const float *h, const float *mask, float *out, float *scratch)
+    const Options *o, int64_t first, int64_t last, const float *projected, const float *product,
+    const float *eps, const float *h, const float *mask, float *pre, float *out, float *scratch)
 {
     const int64_t n = o->size;
     for (int64_t b = first; b < last; b++) {
         Row row = {0};
-        const float *previous = h + b * n;
-        row_forward(o, pre + 2 * b * n, eps + b * n, previous, scratch, &row);
+        const float *previous = h + b * n, *from_input = projected + 2 * b * n;
+        const float *from_state = product + 2 * b * n;
+        float *gates = pre + 2 * b * n;
+#pragma omp simd
+        for (int64_t i = 0; i < 2 * n; i++) gates[i] = from_input[i] + from_state[i];
+        row_forward(o, gates, eps + b * n, previous, scratch, &row);
         const float square = row.square < FLOOR ? FLOOR : row.square;
         const float scale = o->has_eta ? o->eta / sqrtf(square) : 1.0f;
         const float *mixed = row.mixed, *kept = mask ? mask + b * n : 0;
@@ -248,12 +255,13 @@ CLONES void rum_rows_forward(
     }
 }
 
-/* grad_state holds the gradient that later steps gave this step's state, and afterwards that of
- * the previous state without its share through `pre`; grad_norms is [6N], summed into */
+/* grad_state and grad_product hold the gradient that later steps gave this step's state, directly
+ * and through their `pre`; afterwards grad_state is that of the previous state, directly.
+ * grad_norms is [6N], summed into */
 CLONES void rum_rows_backward(
     const Options *o, int64_t first, int64_t last, const float *pre, const float *eps,
-    const float *h, const float *mask, const float *grad_out, float *grad_state, float *grad_pre,
-    float *grad_eps, float *grad_norms, float *scratch)
+    const float *h, const float *mask, const float *grad_out, const float *grad_product,
+    float *grad_state, float *grad_pre, float *grad_eps, float *grad_norms, float *scratch)
 {
     const int64_t n = o->size;
     for (int64_t b = first; b < last; b++) {
@@ -261,6 +269,7 @@ CLONES void rum_rows_backward(
         const float *previous = h + b * n, *embedded = eps + b * n, *gates = pre + 2 * b * n;
         row_forward(o, gates, embedded, previous, scratch, &row);
         const float *kept = mask ? mask + b * n : 0, *from_out = grad_out + b * n;
+        const float *from_product = grad_product + b * n;
         const float *mixed = row.mixed, *candidate = row.candidate, *update = row.update;
         const float *target = row.target, *total = row.total, *sig = row.sigmoid;
         float *state = grad_state + b * n, *of_target = grad_pre + 2 * b * n;
@@ -272,7 +281,7 @@ CLONES void rum_rows_backward(
         float along = 0.0f;
 #pragma omp simd reduction(+ : along)
         for (int64_t i = 0; i < n; i++) {
-            const float all = from_out[i] + state[i];
+            const float all = from_out[i] + (state[i] + from_product[i]);
             const float keep = all * (kept ? kept[i] : o->zoneout);
             state[i] = keep;
             grad[i] = all - keep;
@@ -362,28 +371,28 @@ static int num_threads(const Options *o)
 
 /* scratch: ROW_BUFFERS x N a thread */
 void rum_step_forward(
-    const Options *o, const float *pre, const float *eps, const float *h, const float *mask,
-    float *out, float *scratch)
+    const Options *o, const float *projected, const float *product, const float *eps,
+    const float *h, const float *mask, float *pre, float *out, float *scratch)
 {
     const int count = num_threads(o);
 #pragma omp parallel for num_threads(count) schedule(static, 1)
     for (int part = 0; part < count; part++)
         rum_rows_forward(
-            o, o->batch * part / count, o->batch * (part + 1) / count, pre, eps, h, mask, out,
-            scratch + (int64_t)part * ROW_BUFFERS * o->size);
+            o, o->batch * part / count, o->batch * (part + 1) / count, projected, product, eps, h,
+            mask, pre, out, scratch + (int64_t)part * ROW_BUFFERS * o->size);
 }
 
 /* grad_norms: 6 x N a thread */
 void rum_step_backward(
     const Options *o, const float *pre, const float *eps, const float *h, const float *mask,
-    const float *grad_out, float *grad_state, float *grad_pre, float *grad_eps, float *grad_norms,
-    float *scratch)
+    const float *grad_out, const float *grad_product, float *grad_state, float *grad_pre,
+    float *grad_eps, float *grad_norms, float *scratch)
 {
     const int count = num_threads(o);
 #pragma omp parallel for num_threads(count) schedule(static, 1)
     for (int part = 0; part < count; part++)
         rum_rows_backward(
             o, o->batch * part / count, o->batch * (part + 1) / count, pre, eps, h, mask, grad_out,
-            grad_state, grad_pre, grad_eps, grad_norms + (int64_t)part * 6 * o->size,
+            grad_product, grad_state, grad_pre, grad_eps, grad_norms + (int64_t)part * 6 * o->size,
             scratch + (int64_t)part * ROW_BUFFERS * o->size);
 }
