@@ -1,4 +1,4 @@
-"""The RUM recurrence with lambda = 0 on the CPU: two matrix products and one C call a step.
+"""The RUM recurrence with lambda = 0 on the CPU: one C call for a sequence, forward and backward.
 
 The C library (rum_cpu.c) is built when the package is installed, if there is a compiler; it needs
 neither Python's nor torch's headers, so one build serves every version of both. Where it is
@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rum.kernels.step import ACTIVATIONS, RecurrenceOptions
 
 LARGEST_SIZE = 16384
 _ROW_BUFFERS = 6  # rows of scratch for each thread, as in rum_cpu.c
-_SMALLEST_PRODUCT = 2**21  # multiplications from which oneDNN is faster, and
-_FEWEST_STEPS = 8  # steps that pay for packing a weight
+_PANEL_WIDTH = 16  # WIDTH there
+_LINEAR = "_linear_pointwise"  # what TorchInductor calls; without it `@` serves
+_SMALLEST_PRODUCT = 2**21  # multiplications from which oneDNN is faster
 _GATE_NORMS = {None: 0, "post_sigmoid": 1, "pre_sigmoid": 2}
 
 
@@ -50,10 +52,14 @@ def library() -> ctypes.CDLL | None:
     if not path.is_file():
         return None
     loaded = ctypes.CDLL(str(path))
-    for name, pointers in (("rum_step_forward", 8), ("rum_step_backward", 11)):
+    for name, pointers in (("rum_forward", 8), ("rum_backward", 12)):
         function = getattr(loaded, name)
         function.restype = None
-        function.argtypes = [ctypes.POINTER(_Options)] + [ctypes.c_void_p] * pointers
+        function.argtypes = [
+            ctypes.POINTER(_Options),
+            ctypes.c_int64,
+            *[ctypes.c_void_p] * pointers,
+        ]
     return loaded
 
 
@@ -113,26 +119,19 @@ class _CPURecurrence(torch.autograd.Function):
         outputs = torch.empty_like(embedded)
         c_options = _c_options(options, batch, size, norms)
         scratch = hidden.new_empty(c_options.threads * _ROW_BUFFERS * size)
-        product = StepProduct(weight, batch, len(embedded))
-        state, before = hidden, hidden.data_ptr()
-        rows = outputs.unbind(0)
-        bytes_of_row = batch * size * 4
-        for t in range(len(embedded)):
-            offset = t * bytes_of_row
-            after = outputs.data_ptr() + offset
-            from_state = product(state)
-            compiled.rum_step_forward(
-                c_options,
-                projected.data_ptr() + 2 * offset,
-                from_state.data_ptr(),
-                embedded.data_ptr() + offset,
-                before,
-                mask.data_ptr() + offset if mask is not None else None,
-                pre.data_ptr() + 2 * offset,
-                after,
-                scratch.data_ptr(),
-            )
-            state, before = rows[t], after
+        panels = _panels(weight)
+        compiled.rum_forward(
+            c_options,
+            len(embedded),
+            panels.data_ptr(),
+            projected.data_ptr(),
+            embedded.data_ptr(),
+            hidden.data_ptr(),
+            mask.data_ptr() if mask is not None else None,
+            pre.data_ptr(),
+            outputs.data_ptr(),
+            scratch.data_ptr(),
+        )
         ctx.options = options
         ctx.save_for_backward(mask, pre, embedded, hidden, weight, outputs, *norms)
         return outputs
@@ -160,75 +159,51 @@ class _CPURecurrence(torch.autograd.Function):
         grad_pre = torch.empty_like(pre)
         grad_embedded = torch.empty_like(embedded)
         grad_state = torch.zeros_like(hidden)
-        grad_product = torch.zeros_like(hidden)
-        product = StepProduct(weight.t(), batch, len(embedded))
-        products = grad_pre.unbind(0)
-        bytes_of_row = batch * size * 4
-        for t in reversed(range(len(embedded))):
-            offset = t * bytes_of_row
-            compiled.rum_step_backward(
-                c_options,
-                pre.data_ptr() + 2 * offset,
-                embedded.data_ptr() + offset,
-                outputs.data_ptr() + offset - bytes_of_row if t else hidden.data_ptr(),
-                mask.data_ptr() + offset if mask is not None else None,
-                grad_outputs.data_ptr() + offset,
-                grad_product.data_ptr(),
-                grad_state.data_ptr(),
-                grad_pre.data_ptr() + 2 * offset,
-                grad_embedded.data_ptr() + offset,
-                grad_norms.data_ptr(),
-                scratch.data_ptr(),
-            )
-            grad_product = product(products[t])
-        grad_state += grad_product
+        panels = _panels(weight.t())
+        compiled.rum_backward(
+            c_options,
+            len(embedded),
+            panels.data_ptr(),
+            pre.data_ptr(),
+            embedded.data_ptr(),
+            hidden.data_ptr(),
+            outputs.data_ptr(),
+            mask.data_ptr() if mask is not None else None,
+            grad_outputs.data_ptr(),
+            grad_state.data_ptr(),
+            grad_pre.data_ptr(),
+            grad_embedded.data_ptr(),
+            grad_norms.data_ptr(),
+            scratch.data_ptr(),
+        )
         states = torch.cat((hidden.unsqueeze(0), outputs))[:-1]
-        grad_weight = gradient_of_weight(grad_pre.view(-1, 2 * size), states.view(-1, size))
+        grad_weight = _gradient_of_weight(grad_pre.view(-1, 2 * size), states.view(-1, size))
         of_norms: tuple[Tensor, ...] = ()
         if norms:
             of_norms = grad_norms.sum(0).split((2 * size, 2 * size, size, size))
         return None, None, grad_pre, grad_embedded, grad_state, grad_weight, *of_norms
 
 
-class StepProduct:
-    """Multiplies states (B, M) by one weight (K, M), step after step: state weight'.
+def _panels(weight: Tensor) -> Tensor:
+    """Packs a weight (K, M) for products state weight': (K / 16, M, 16), filled up with zeros."""
+    rows, columns = weight.shape
+    count = -(-rows // _PANEL_WIDTH)
+    padded = F.pad(weight, (0, 0, 0, count * _PANEL_WIDTH - rows))
+    return padded.view(count, _PANEL_WIDTH, columns).transpose(1, 2).contiguous()
 
-    The next call may reuse the result. From some size on by oneDNN with the weight packed once:
-    it chooses its code by what the processor can do, where torch.mm's library (MKL) also asks who
-    made it, and takes twice the time on AMD's.
+
+def _gradient_of_weight(grad: Tensor, states: Tensor) -> Tensor:
+    """Returns grad' states, both (TB, .).
+
+    From some size on by oneDNN, which chooses its code by what the processor can do; the library
+    behind `@` (MKL) also asks who made it, and takes twice the time on AMD's.
     """
-
-    def __init__(self, weight: Tensor, batch: int, steps: int) -> None:
-        self._packed: Tensor | None = None
-        if _is_for_onednn(weight, batch) and steps >= _FEWEST_STEPS:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), batch)
-        else:
-            self._transposed = weight.t()
-            self._out = weight.new_empty(batch, len(weight))
-
-    def __call__(self, state: Tensor) -> Tensor:
-        """Returns state weight', (B, K)."""
-        if self._packed is None:
-            return torch.mm(state, self._transposed, out=self._out)
-        return _linear(state, self._packed)
-
-
-def gradient_of_weight(grad: Tensor, states: Tensor) -> Tensor:
-    """Returns grad' states, both (TB, .)."""
-    if _is_for_onednn(grad, states.shape[1]):
-        return _linear(states.t(), grad.t()).t()
+    is_large = grad.numel() * states.shape[1] >= _SMALLEST_PRODUCT
+    if is_large and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, _LINEAR):
+        linear = getattr(torch.ops.mkldnn, _LINEAR)
+        transposed: Tensor = linear(states.t(), grad.t(), None, "none", [], "")
+        return transposed.t()
     return grad.t() @ states
-
-
-def _is_for_onednn(matrix: Tensor, rows: int) -> bool:
-    if not (torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
-    return rows >= 8 and rows * matrix.numel() >= _SMALLEST_PRODUCT
-
-
-def _linear(input: Tensor, weight: Tensor) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, None, "none", [], "")
-    return result
 
 
 def _c_options(

@@ -1,10 +1,12 @@
-/* One time step of the RUM recurrence with lambda = 0, float32, a row a sample: everything between
- * the two matrix products of a step. rum/kernels/cpu.py calls it; rum/kernels/step.py is the same
- * mathematics in PyTorch, with names explained there.
+/* The RUM recurrence with lambda = 0, float32, whole sequences. rum/kernels/cpu.py calls it;
+ * rum/kernels/step.py is the mathematics of a step in PyTorch, with names explained there.
+ *
+ * Samples do not meet: each thread takes some rows of the batch through all of time without
+ * waiting for another. Only where rows are too few for that do threads share a step's product.
  *
  * Plain C without Python or torch headers. No -ffast-math: loading such a library would switch the
  * process to flush-to-zero. Sums are vectorised by `omp simd`; the instruction set is chosen when
- * the library is loaded. Matrix-free: a row needs some scalars and ROW_BUFFERS rows of scratch.
+ * the library is loaded, by features: the name of a processor would match its maker as well.
  */
 #include <math.h>
 #include <stdint.h>
@@ -16,9 +18,10 @@
 #define FLOOR 1e-12f          /* squared norms below count as zero */
 #define LAYER_NORM_EPS 1e-3f
 #define ROW_BUFFERS 6
-#define SMALL 8192            /* elements below which threads cost more than they bring */
+#define SMALL (1 << 20)       /* multiplications below which threads cost more than they bring */
+#define WIDTH 16              /* columns of a panel, see rum_cpu_product.h; cpu.py packs them */
+#define DEPTH 512
 
-/* By features: the name of a processor, such as "arch=haswell", would match its maker as well. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -27,6 +30,37 @@
 #define CLONES
 #endif
 #define INLINE static inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#define NAME avx512
+#define TARGET __attribute__((target("avx512f")))
+#define VECTOR_BYTES 64
+#define ROWS 8
+#include "rum_cpu_product.h"
+#define NAME avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define VECTOR_BYTES 32
+#define ROWS 6
+#include "rum_cpu_product.h"
+#endif
+#define NAME any
+#define TARGET
+#define VECTOR_BYTES 16
+#define ROWS 2
+#include "rum_cpu_product.h"
+
+typedef void (*Multiply)(
+    int64_t, int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *,
+    float *);
+
+static Multiply choose_multiply(void)
+{
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f")) return multiply_avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return multiply_avx2;
+#endif
+    return multiply_any;
+}
 
 enum { RELU, TANH, SIGMOID, SOFTSIGN };
 enum { NO_NORM, POST_SIGMOID, PRE_SIGMOID };
@@ -223,18 +257,14 @@ INLINE void row_forward(
 }
 
 CLONES void rum_rows_forward(
-    const Options *o, int64_t first, int64_t last, const float *projected, const float *product,
-    const float *eps, const float *h, const float *mask, float *pre, float *out, float *scratch)
+    const Options *o, int64_t first, int64_t last, const float *pre, const float *eps,
+    const float *h, const float *mask, float *out, float *scratch)
 {
     const int64_t n = o->size;
     for (int64_t b = first; b < last; b++) {
         Row row = {0};
-        const float *previous = h + b * n, *from_input = projected + 2 * b * n;
-        const float *from_state = product + 2 * b * n;
-        float *gates = pre + 2 * b * n;
-#pragma omp simd
-        for (int64_t i = 0; i < 2 * n; i++) gates[i] = from_input[i] + from_state[i];
-        row_forward(o, gates, eps + b * n, previous, scratch, &row);
+        const float *previous = h + b * n;
+        row_forward(o, pre + 2 * b * n, eps + b * n, previous, scratch, &row);
         const float square = row.square < FLOOR ? FLOOR : row.square;
         const float scale = o->has_eta ? o->eta / sqrtf(square) : 1.0f;
         const float *mixed = row.mixed, *kept = mask ? mask + b * n : 0;
@@ -255,13 +285,12 @@ CLONES void rum_rows_forward(
     }
 }
 
-/* grad_state and grad_product hold the gradient that later steps gave this step's state, directly
- * and through their `pre`; afterwards grad_state is that of the previous state, directly.
- * grad_norms is [6N], summed into */
+/* grad_state holds the gradient that later steps gave this step's state, and afterwards that of
+ * the previous state without its share through `pre`; grad_norms is [6N], summed into */
 CLONES void rum_rows_backward(
     const Options *o, int64_t first, int64_t last, const float *pre, const float *eps,
-    const float *h, const float *mask, const float *grad_out, const float *grad_product,
-    float *grad_state, float *grad_pre, float *grad_eps, float *grad_norms, float *scratch)
+    const float *h, const float *mask, const float *grad_out, float *grad_state, float *grad_pre,
+    float *grad_eps, float *grad_norms, float *scratch)
 {
     const int64_t n = o->size;
     for (int64_t b = first; b < last; b++) {
@@ -269,7 +298,6 @@ CLONES void rum_rows_backward(
         const float *previous = h + b * n, *embedded = eps + b * n, *gates = pre + 2 * b * n;
         row_forward(o, gates, embedded, previous, scratch, &row);
         const float *kept = mask ? mask + b * n : 0, *from_out = grad_out + b * n;
-        const float *from_product = grad_product + b * n;
         const float *mixed = row.mixed, *candidate = row.candidate, *update = row.update;
         const float *target = row.target, *total = row.total, *sig = row.sigmoid;
         float *state = grad_state + b * n, *of_target = grad_pre + 2 * b * n;
@@ -281,7 +309,7 @@ CLONES void rum_rows_backward(
         float along = 0.0f;
 #pragma omp simd reduction(+ : along)
         for (int64_t i = 0; i < n; i++) {
-            const float all = from_out[i] + (state[i] + from_product[i]);
+            const float all = from_out[i] + state[i];
             const float keep = all * (kept ? kept[i] : o->zoneout);
             state[i] = keep;
             grad[i] = all - keep;
@@ -358,41 +386,104 @@ CLONES void rum_rows_backward(
     }
 }
 
-static int num_threads(const Options *o)
+/* What a thread does at every step: the product for rows `first` to `last`, and there the panels
+ * `first_panel` to `last_panel`; then all else for rows `own_first` to `own_last`. */
+typedef struct {
+    int64_t members, first, last, first_panel, last_panel, own_first, own_last;
+} Share;
+
+static int num_threads(const Options *o, int64_t steps)
 {
+    return o->batch * o->size * o->size * steps < SMALL ? 1 : o->threads;
+}
+
+/* Groups of threads share the batch; the members of a group share the panels of its rows. */
+static Share share(const Options *o, int64_t thread, int64_t threads, int64_t panels)
+{
+    const int64_t tiles = (o->batch + 7) / 8;
+    int64_t groups = threads < o->batch ? threads : o->batch, members = 1;
+    if (groups > tiles && o->size >= 512) { /* many weights for a row or two: share them instead */
+        groups = tiles;
+        members = threads / groups;
+    }
+    Share mine = {.members = members};
+    const int64_t group = thread / members, member = thread % members;
+    if (group >= groups) return mine;
+    mine.first = o->batch * group / groups;
+    mine.last = o->batch * (group + 1) / groups;
+    mine.first_panel = panels * member / members;
+    mine.last_panel = panels * (member + 1) / members;
+    mine.own_first = mine.first + (mine.last - mine.first) * member / members;
+    mine.own_last = mine.first + (mine.last - mine.first) * (member + 1) / members;
+    return mine;
+}
+
 #ifdef _OPENMP
-    if (o->batch * o->size < SMALL) return 1;
-    return o->threads < o->batch ? o->threads : (int)o->batch;
+#define THREAD omp_get_thread_num()
+#define THREADS omp_get_num_threads()
 #else
-    (void)o;
-    return 1;
+#define THREAD 0
+#define THREADS 1
 #endif
+#define WAIT_FOR_MEMBERS        \
+    if (my.members > 1) {       \
+        _Pragma("omp barrier")  \
+    }
+
+/* hidden [B, N] is the initial state; panels those of the weight (2N, N); scratch ROW_BUFFERS x N
+ * a thread; all else as [T, B, N], projected and pre [T, B, 2N] */
+void rum_forward(
+    const Options *o, int64_t steps, const float *panels, const float *projected, const float *eps,
+    const float *hidden, const float *mask, float *pre, float *outputs, float *scratch)
+{
+    const int64_t n = o->size, state = o->batch * n;
+    const Multiply multiply = choose_multiply();
+#pragma omp parallel num_threads(num_threads(o, steps))
+    {
+        const Share my = share(o, THREAD, THREADS, (2 * n + WIDTH - 1) / WIDTH);
+        float *buffers = scratch + THREAD * ROW_BUFFERS * n;
+        const float *h = hidden;
+        for (int64_t t = 0; t < steps; t++) {
+            float *gates = pre + 2 * t * state, *out = outputs + t * state;
+            multiply(
+                my.last - my.first, n, 2 * n, my.first_panel, my.last_panel, h + my.first * n,
+                panels, projected + 2 * (t * state + my.first * n), gates + 2 * my.first * n);
+            WAIT_FOR_MEMBERS
+            rum_rows_forward(
+                o, my.own_first, my.own_last, gates, eps + t * state, h,
+                mask ? mask + t * state : 0, out, buffers);
+            WAIT_FOR_MEMBERS
+            h = out;
+        }
+    }
 }
 
-/* scratch: ROW_BUFFERS x N a thread */
-void rum_step_forward(
-    const Options *o, const float *projected, const float *product, const float *eps,
-    const float *h, const float *mask, float *pre, float *out, float *scratch)
+/* panels are those of the weight's transpose (N, 2N); grad_state, of the initial state, begins as
+ * zero; grad_norms, 6 x N a thread, as well */
+void rum_backward(
+    const Options *o, int64_t steps, const float *panels, const float *pre, const float *eps,
+    const float *hidden, const float *outputs, const float *mask, const float *grad_outputs,
+    float *grad_state, float *grad_pre, float *grad_eps, float *grad_norms, float *scratch)
 {
-    const int count = num_threads(o);
-#pragma omp parallel for num_threads(count) schedule(static, 1)
-    for (int part = 0; part < count; part++)
-        rum_rows_forward(
-            o, o->batch * part / count, o->batch * (part + 1) / count, projected, product, eps, h,
-            mask, pre, out, scratch + (int64_t)part * ROW_BUFFERS * o->size);
-}
-
-/* grad_norms: 6 x N a thread */
-void rum_step_backward(
-    const Options *o, const float *pre, const float *eps, const float *h, const float *mask,
-    const float *grad_out, const float *grad_product, float *grad_state, float *grad_pre,
-    float *grad_eps, float *grad_norms, float *scratch)
-{
-    const int count = num_threads(o);
-#pragma omp parallel for num_threads(count) schedule(static, 1)
-    for (int part = 0; part < count; part++)
-        rum_rows_backward(
-            o, o->batch * part / count, o->batch * (part + 1) / count, pre, eps, h, mask, grad_out,
-            grad_product, grad_state, grad_pre, grad_eps, grad_norms + (int64_t)part * 6 * o->size,
-            scratch + (int64_t)part * ROW_BUFFERS * o->size);
+    const int64_t n = o->size, state = o->batch * n;
+    const Multiply multiply = choose_multiply();
+#pragma omp parallel num_threads(num_threads(o, steps))
+    {
+        const Share my = share(o, THREAD, THREADS, (n + WIDTH - 1) / WIDTH);
+        float *buffers = scratch + THREAD * ROW_BUFFERS * n, *norms = grad_norms + THREAD * 6 * n;
+        float *of_state = grad_state + my.first * n;
+        for (int64_t t = steps - 1; t >= 0; t--) {
+            const float *h = t ? outputs + (t - 1) * state : hidden;
+            float *grad_gates = grad_pre + 2 * t * state;
+            rum_rows_backward(
+                o, my.own_first, my.own_last, pre + 2 * t * state, eps + t * state, h,
+                mask ? mask + t * state : 0, grad_outputs + t * state, grad_state, grad_gates,
+                grad_eps + t * state, norms, buffers);
+            WAIT_FOR_MEMBERS
+            multiply(
+                my.last - my.first, 2 * n, n, my.first_panel, my.last_panel,
+                grad_gates + 2 * my.first * n, panels, of_state, of_state);
+            WAIT_FOR_MEMBERS
+        }
+    }
 }

@@ -1,0 +1,84 @@
+/* A matrix product with few rows: out = add + a panels. rum_cpu.c includes this file once for each
+ * instruction set, with NAME, TARGET, VECTOR_BYTES and ROWS (rows of a tile, so many that its sums
+ * fill the registers).
+ *
+ * A tile is ROWS x WIDTH of `out`; its sums stay in registers over the whole depth. `panels` holds
+ * the other matrix, WIDTH columns after WIDTH columns, each panel (depth, WIDTH), the last one
+ * filled up with zeros. Depth is cut into pieces whose panel stays in the first cache.
+ */
+#define JOINED_(a, b) a##_##b
+#define JOINED(a, b) JOINED_(a, b)
+#define VECTOR JOINED(vector, NAME)
+#define TILE JOINED(tile, NAME)
+
+typedef float VECTOR __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+
+INLINE TARGET void TILE(
+    const int rows, const float *a, int64_t stride_a, int64_t depth, const float *panel,
+    const float *add, float *out, int64_t stride_out, int64_t columns)
+{
+    enum { PARTS = 4 * WIDTH / VECTOR_BYTES };
+    VECTOR sum[ROWS][PARTS];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; p++) sum[r][p] = (VECTOR){0};
+    for (int64_t k = 0; k < depth; k++) {
+        const VECTOR *b = (const VECTOR *)(panel + WIDTH * k);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int p = 0; p < PARTS; p++) sum[r][p] += a[r * stride_a + k] * b[p];
+    }
+    if (columns == WIDTH) {
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int p = 0; p < PARTS; p++)
+                ((VECTOR *)(out + r * stride_out))[p] =
+                    sum[r][p] + ((const VECTOR *)(add + r * stride_out))[p];
+    } else {
+        float last[WIDTH];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 4
+            for (int p = 0; p < PARTS; p++) ((VECTOR *)last)[p] = sum[r][p];
+            for (int64_t j = 0; j < columns; j++)
+                out[r * stride_out + j] = last[j] + add[r * stride_out + j];
+        }
+    }
+}
+
+TARGET static void JOINED(multiply, NAME)(
+    int64_t rows, int64_t depth, int64_t columns, int64_t first_panel, int64_t last_panel,
+    const float *a, const float *panels, const float *add, float *out)
+{
+    for (int64_t begin = 0; begin < depth; begin += DEPTH) {
+        const int64_t piece = depth - begin < DEPTH ? depth - begin : DEPTH;
+        const float *so_far = begin ? out : add;
+        for (int64_t p = first_panel; p < last_panel; p++) {
+            const int64_t left = columns - WIDTH * p, width = left < WIDTH ? left : WIDTH;
+            const float *panel = panels + WIDTH * (p * depth + begin);
+            int64_t row = 0;
+#define ROWS_OF_TILE(count)                                                                     \
+    TILE(count, a + row * depth + begin, depth, piece, panel, so_far + row * columns + WIDTH * p, \
+         out + row * columns + WIDTH * p, columns, width)
+            for (; row + ROWS <= rows; row += ROWS) ROWS_OF_TILE(ROWS);
+#if ROWS > 4
+            for (; row + 4 <= rows; row += 4) ROWS_OF_TILE(4);
+#endif
+            for (; row + 2 <= rows; row += 2) ROWS_OF_TILE(2);
+            for (; row < rows; row++) ROWS_OF_TILE(1);
+#undef ROWS_OF_TILE
+        }
+    }
+}
+
+#undef JOINED_
+#undef JOINED
+#undef VECTOR
+#undef TILE
+#undef NAME
+#undef TARGET
+#undef VECTOR_BYTES
+#undef ROWS
