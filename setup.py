@@ -10,6 +10,7 @@ from setuptools import Extension, setup
 KERNEL = Extension(
     "rum.kernels._rum_cpu",
     ["rum/kernels/rum_cpu.c"],
+    depends=["rum/kernels/rum_cpu_product.h"],
     extra_compile_args=[
         "-O3",
         "-fopenmp",

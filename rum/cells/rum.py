@@ -269,9 +269,6 @@ class RUMCell(Cell):
             return super().unroll(input, state)
         noise = self.sample_noise(input.shape[0], input.shape[1])
         size = self.hidden_size
-        # Two products, so that no kernel need copy its part out of a joint result.
-        from_input = F.linear(input, self.weight_ih[: 2 * size], self.bias)
-        embedded = F.linear(input, self.weight_ih[2 * size :], self.embedding_bias)
         norms: tuple[Tensor, ...] = ()
         if self.gate_norm is not None and self.candidate_norm is not None:
             norms = (
@@ -286,16 +283,30 @@ class RUMCell(Cell):
             layer_norm_gate=self.layer_norm_gate,
             zoneout=self.zoneout,
         )
-        dtype, weight, mask = self.weight_hh.dtype, self.weight_hh, first_mask(noise)
-        gates, embedded, hidden = from_input.to(dtype), embedded.to(dtype), state[0].to(dtype)
-        memory: State = ()
+        dtype, mask = self.weight_hh.dtype, first_mask(noise)
+        hidden, memory = state[0].to(dtype), state[1:]
+        if backend == "cpu":
+            weights = self.weight_ih, self.bias, self.embedding_bias, self.weight_hh
+            outputs = cpu.rum_sequence(input.to(dtype), hidden, weights, norms, mask, options)
+            return outputs, (outputs[-1] if len(outputs) else hidden,)
+        # Two products, so that no kernel need copy its part out of a joint result.
+        gates = F.linear(input, self.weight_ih[: 2 * size], self.bias).to(dtype)
+        embedded = F.linear(input, self.weight_ih[2 * size :], self.embedding_bias).to(dtype)
         with torch.autocast(input.device.type, enabled=False):
             if self.lambda_ == 0:
-                run = cpu.rum_recurrence_cpu if backend == "cpu" else rum_recurrence
-                outputs = run(gates, embedded, hidden, weight, norms, mask, options)
+                outputs = rum_recurrence(
+                    gates, embedded, hidden, self.weight_hh, norms, mask, options
+                )
             else:
                 outputs, last = memory_recurrence(
-                    gates, embedded, hidden, state[1].to(dtype), weight, norms, mask, options
+                    gates,
+                    embedded,
+                    hidden,
+                    state[1].to(dtype),
+                    self.weight_hh,
+                    norms,
+                    mask,
+                    options,
                 )
                 memory = (last,)
         return outputs, (outputs[-1] if len(outputs) else hidden, *memory)

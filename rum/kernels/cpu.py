@@ -20,7 +20,8 @@ from rum.kernels.step import ACTIVATIONS, RecurrenceOptions
 LARGEST_SIZE = 16384
 _ROW_BUFFERS = 6  # rows of scratch for each thread, as in rum_cpu.c
 _PANEL_WIDTH = 16  # WIDTH there
-_LINEAR = "_linear_pointwise"  # what TorchInductor calls; without it `@` serves
+_ONEDNN_LINEAR = "_linear_pointwise"  # what TorchInductor calls; not in every build of torch
+_PIECE = 2**20  # numbers in the gradients of a piece of time
 _SMALLEST_PRODUCT = 2**21  # multiplications from which oneDNN is faster
 _GATE_NORMS = {None: 0, "post_sigmoid": 1, "pre_sigmoid": 2}
 
@@ -52,7 +53,7 @@ def library() -> ctypes.CDLL | None:
     if not path.is_file():
         return None
     loaded = ctypes.CDLL(str(path))
-    for name, pointers in (("rum_forward", 8), ("rum_backward", 12)):
+    for name, pointers in (("rum_forward", 7), ("rum_backward", 12)):
         function = getattr(loaded, name)
         function.restype = None
         function.argtypes = [
@@ -76,55 +77,69 @@ def unserved(size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-def rum_recurrence_cpu(
-    projected: Tensor,
-    embedded: Tensor,
+def rum_sequence(
+    input: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor | None, Tensor],
     norms: tuple[Tensor, ...],
     mask: Tensor | None,
     options: RecurrenceOptions,
 ) -> Tensor:
-    """As `rum.kernels.fused.rum_recurrence`, in float32 on the CPU."""
-    outputs: Tensor = _CPURecurrence.apply(  # type: ignore[no-untyped-call]
+    """As `rum.kernels.fused.rum_recurrence`, in float32 on the CPU, input products included.
+
+    Args:
+        input: `(T, B, input_size)`.
+        hidden: `(B, N)`, the initial state.
+        weights: `weight_ih (3N, input_size)`, `bias (2N,)`, `embedding_bias (N,)` or None and
+            `weight_hh (2N, N)` of the cell.
+        norms: As there.
+        mask: As there.
+        options: As there.
+
+    Returns:
+        `(T, B, N)`, the hidden state after every step.
+    """
+    outputs: Tensor = _Sequence.apply(  # type: ignore[no-untyped-call]
         options,
         None if mask is None else mask.contiguous(),
-        projected.contiguous(),
-        embedded.contiguous(),
+        input.contiguous(),
         hidden.contiguous(),
-        weight,
+        *weights,
         *(norm.contiguous() for norm in norms),
     )
     return outputs
 
 
-class _CPURecurrence(torch.autograd.Function):
-    """Arguments as `rum_recurrence_cpu`, those without a gradient first."""
+class _Sequence(torch.autograd.Function):
+    """Arguments as `rum_sequence`, those without a gradient first."""
 
     @staticmethod
     def forward(
         ctx: Any,
         options: RecurrenceOptions,
         mask: Tensor | None,
-        projected: Tensor,
-        embedded: Tensor,
+        input: Tensor,
         hidden: Tensor,
-        weight: Tensor,
+        weight_ih: Tensor,
+        bias: Tensor,
+        embedding_bias: Tensor | None,
+        weight_hh: Tensor,
         *norms: Tensor,
     ) -> Tensor:
         compiled = library()
         assert compiled is not None
         batch, size = hidden.shape
-        pre = torch.empty_like(projected)
+        with torch.autocast("cpu", enabled=False):
+            pre = _linear(input, weight_ih[: 2 * size], bias)
+            embedded = _linear(input, weight_ih[2 * size :], embedding_bias)
         outputs = torch.empty_like(embedded)
         c_options = _c_options(options, batch, size, norms)
         scratch = hidden.new_empty(c_options.threads * _ROW_BUFFERS * size)
-        panels = _panels(weight)
+        panels = _panels(weight_hh)
         compiled.rum_forward(
             c_options,
-            len(embedded),
+            len(input),
             panels.data_ptr(),
-            projected.data_ptr(),
             embedded.data_ptr(),
             hidden.data_ptr(),
             mask.data_ptr() if mask is not None else None,
@@ -133,7 +148,18 @@ class _CPURecurrence(torch.autograd.Function):
             scratch.data_ptr(),
         )
         ctx.options = options
-        ctx.save_for_backward(mask, pre, embedded, hidden, weight, outputs, *norms)
+        ctx.save_for_backward(
+            mask,
+            input,
+            hidden,
+            weight_ih,
+            embedding_bias,
+            weight_hh,
+            pre,
+            embedded,
+            outputs,
+            *norms,
+        )
         return outputs
 
     @staticmethod
@@ -144,44 +170,83 @@ class _CPURecurrence(torch.autograd.Function):
                 "backend='reference'"
             )
         with torch.autocast("cpu", enabled=False):
-            return _CPURecurrence._gradients(ctx, grad_outputs.contiguous())
+            return _Sequence._gradients(ctx, grad_outputs.contiguous())
 
     @staticmethod
     def _gradients(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         compiled = library()
         assert compiled is not None
-        mask, pre, embedded, hidden, weight, outputs, *norms = ctx.saved_tensors
-        batch, size = hidden.shape
+        (mask, input, hidden, weight_ih, embedding_bias, weight_hh, pre, embedded, outputs) = (
+            ctx.saved_tensors[:9]
+        )
+        norms = ctx.saved_tensors[9:]
+        steps, batch, features = input.shape
+        size = hidden.shape[1]
         c_options = _c_options(ctx.options, batch, size, norms)
         threads = c_options.threads
         scratch = hidden.new_empty(threads * _ROW_BUFFERS * size)
+        panels = _panels(weight_hh.t())
+        grad_input = torch.empty_like(input) if ctx.needs_input_grad[2] else None
+        grad_hidden = torch.zeros_like(hidden)
         grad_norms = hidden.new_zeros(threads, 6 * size)
-        grad_pre = torch.empty_like(pre)
-        grad_embedded = torch.empty_like(embedded)
-        grad_state = torch.zeros_like(hidden)
-        panels = _panels(weight.t())
-        compiled.rum_backward(
-            c_options,
-            len(embedded),
-            panels.data_ptr(),
-            pre.data_ptr(),
-            embedded.data_ptr(),
-            hidden.data_ptr(),
-            outputs.data_ptr(),
-            mask.data_ptr() if mask is not None else None,
-            grad_outputs.data_ptr(),
-            grad_state.data_ptr(),
-            grad_pre.data_ptr(),
-            grad_embedded.data_ptr(),
-            grad_norms.data_ptr(),
-            scratch.data_ptr(),
-        )
-        states = torch.cat((hidden.unsqueeze(0), outputs))[:-1]
-        grad_weight = _gradient_of_weight(grad_pre.view(-1, 2 * size), states.view(-1, size))
+        grad_weight_ih, grad_weight_hh = torch.zeros_like(weight_ih), torch.zeros_like(weight_hh)
+        grad_bias = hidden.new_zeros(3 * size)
+        # In pieces of time: their gradients stay in the cache and in memory that is there, where
+        # fresh pages for those of the whole sequence would cost as much as the products. A piece
+        # has rows enough that adding its share to the weight's gradient costs little.
+        rows = max(_PIECE // (3 * size), 2 * size)
+        longest = max(1, min(steps, rows // max(1, batch)))
+        buffer = hidden.new_empty(longest * batch * 3 * size)
+        for last in range(steps, 0, -longest):
+            first = max(0, last - longest)
+            rows = (last - first) * batch
+            grad_pre = buffer[: rows * 2 * size].view(rows, 2 * size)
+            grad_embedded = buffer[rows * 2 * size : rows * 3 * size].view(rows, size)
+            previous = outputs[first - 1] if first else hidden
+            compiled.rum_backward(
+                c_options,
+                last - first,
+                panels.data_ptr(),
+                pre[first].data_ptr(),
+                embedded[first].data_ptr(),
+                previous.data_ptr(),
+                outputs[first].data_ptr(),
+                mask[first].data_ptr() if mask is not None else None,
+                grad_outputs[first].data_ptr(),
+                grad_hidden.data_ptr(),
+                grad_pre.data_ptr(),
+                grad_embedded.data_ptr(),
+                grad_norms.data_ptr(),
+                scratch.data_ptr(),
+            )
+            if first:
+                states = outputs[first - 1 : last - 1]
+            else:
+                states = torch.cat((hidden.unsqueeze(0), outputs[: last - 1]))
+            inputs = input[first:last].view(rows, features)
+            _add_product(grad_weight_hh, grad_pre, states.view(rows, size))
+            _add_product(grad_weight_ih[: 2 * size], grad_pre, inputs)
+            _add_product(grad_weight_ih[2 * size :], grad_embedded, inputs)
+            grad_bias[: 2 * size] += grad_pre.sum(0)
+            grad_bias[2 * size :] += grad_embedded.sum(0)
+            if grad_input is not None:
+                piece = grad_input[first:last].view(rows, features)
+                torch.mm(grad_pre, weight_ih[: 2 * size], out=piece)
+                piece.addmm_(grad_embedded, weight_ih[2 * size :])
         of_norms: tuple[Tensor, ...] = ()
         if norms:
             of_norms = grad_norms.sum(0).split((2 * size, 2 * size, size, size))
-        return None, None, grad_pre, grad_embedded, grad_state, grad_weight, *of_norms
+        return (
+            None,
+            None,
+            grad_input,
+            grad_hidden,
+            grad_weight_ih,
+            grad_bias[: 2 * size],
+            None if embedding_bias is None else grad_bias[2 * size :],
+            grad_weight_hh,
+            *of_norms,
+        )
 
 
 def _panels(weight: Tensor) -> Tensor:
@@ -192,18 +257,23 @@ def _panels(weight: Tensor) -> Tensor:
     return padded.view(count, _PANEL_WIDTH, columns).transpose(1, 2).contiguous()
 
 
-def _gradient_of_weight(grad: Tensor, states: Tensor) -> Tensor:
-    """Returns grad' states, both (TB, .).
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Returns input weight' + bias.
 
     From some size on by oneDNN, which chooses its code by what the processor can do; the library
-    behind `@` (MKL) also asks who made it, and takes twice the time on AMD's.
+    behind `torch.mm` (MKL) also asks who made it, and takes twice the time on AMD's.
     """
-    is_large = grad.numel() * states.shape[1] >= _SMALLEST_PRODUCT
-    if is_large and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, _LINEAR):
-        linear = getattr(torch.ops.mkldnn, _LINEAR)
-        transposed: Tensor = linear(states.t(), grad.t(), None, "none", [], "")
-        return transposed.t()
-    return grad.t() @ states
+    is_large = input.numel() * len(weight) >= _SMALLEST_PRODUCT
+    if is_large and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, _ONEDNN_LINEAR):
+        onednn = getattr(torch.ops.mkldnn, _ONEDNN_LINEAR)
+        result: Tensor = onednn(input, weight, bias, "none", [], "")
+        return result
+    return F.linear(input, weight, bias)
+
+
+def _add_product(total: Tensor, grad: Tensor, values: Tensor) -> None:
+    """Adds grad' values to a weight's gradient."""
+    total += _linear(values.t(), grad.t(), None).t()
 
 
 def _c_options(

@@ -430,11 +430,12 @@ static Share share(const Options *o, int64_t thread, int64_t threads, int64_t pa
         _Pragma("omp barrier")  \
     }
 
-/* hidden [B, N] is the initial state; panels those of the weight (2N, N); scratch ROW_BUFFERS x N
- * a thread; all else as [T, B, N], projected and pre [T, B, 2N] */
+/* hidden [B, N] is the initial state; panels those of the weight (2N, N); pre [T, B, 2N] begins as
+ * the share of the inputs and ends with that of the state added; scratch is ROW_BUFFERS x N a
+ * thread; all else is [T, B, N] */
 void rum_forward(
-    const Options *o, int64_t steps, const float *panels, const float *projected, const float *eps,
-    const float *hidden, const float *mask, float *pre, float *outputs, float *scratch)
+    const Options *o, int64_t steps, const float *panels, const float *eps, const float *hidden,
+    const float *mask, float *pre, float *outputs, float *scratch)
 {
     const int64_t n = o->size, state = o->batch * n;
     const Multiply multiply = choose_multiply();
@@ -445,9 +446,10 @@ void rum_forward(
         const float *h = hidden;
         for (int64_t t = 0; t < steps; t++) {
             float *gates = pre + 2 * t * state, *out = outputs + t * state;
+            float *my_gates = gates + 2 * my.first * n;
             multiply(
                 my.last - my.first, n, 2 * n, my.first_panel, my.last_panel, h + my.first * n,
-                panels, projected + 2 * (t * state + my.first * n), gates + 2 * my.first * n);
+                panels, my_gates, my_gates);
             WAIT_FOR_MEMBERS
             rum_rows_forward(
                 o, my.own_first, my.own_last, gates, eps + t * state, h,
@@ -458,8 +460,9 @@ void rum_forward(
     }
 }
 
-/* panels are those of the weight's transpose (N, 2N); grad_state, of the initial state, begins as
- * zero; grad_norms, 6 x N a thread, as well */
+/* panels are those of the weight's transpose (N, 2N); grad_state [B, N] is the gradient of the last
+ * state on entry, apart from grad_outputs, and that of the initial state on return; grad_norms,
+ * 6 x N a thread, is summed into */
 void rum_backward(
     const Options *o, int64_t steps, const float *panels, const float *pre, const float *eps,
     const float *hidden, const float *outputs, const float *mask, const float *grad_outputs,

@@ -134,6 +134,25 @@ def test_strided_inputs_are_taken() -> None:
 
 
 @built
+@pytest.mark.parametrize("batch", [1, 9])
+def test_threads_that_share_a_product_give_the_reference(batch: int, threads: int) -> None:
+    """Few rows and many weights: the threads divide the weights."""
+    ours, exact = pair(515, eta=1.0)
+    inputs = draw(STEPS, batch, INPUT_SIZE), draw(batch, 515, seed=3)
+    assert_close(run(ours, *inputs, None), run(exact, *inputs, None))
+
+
+@built
+@pytest.mark.parametrize("size", [7, 250])
+def test_a_long_sequence_is_taken_in_pieces(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_PIECE", 1)
+    ours, exact = pair(size, layer_norm=True, eta=1.0)
+    batch = 2 * size // 4  # four steps a piece, the first a rest
+    inputs = draw(STEPS, batch, INPUT_SIZE), draw(batch, size, seed=3)
+    assert_close(run(ours, *inputs, None), run(exact, *inputs, None))
+
+
+@built
 def test_the_same_number_of_threads_gives_the_same_bits(threads: int) -> None:
     ours, _ = pair(250, layer_norm=True, eta=1.0)
     inputs = draw(STEPS, 64, INPUT_SIZE), draw(64, 250, seed=3)
