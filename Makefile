@@ -25,4 +25,4 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt rum/kernels/rum_cpu.
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache rum/kernels/*.so

@@ -116,9 +116,9 @@ class RUMCell(Cell):
         Args:
             backend: "reference" (step by step; differentiable twice), "fused" (one autograd
                 function for a whole sequence; lambda = 0, or lambda = 1 without a gradient for
-                an initial memory), "cpu" (compiled C; lambda = 0 in float32, if a compiler was
-                there when the package was installed) or "auto": the fastest that can serve the
-                request, with the same results up to rounding.
+                an initial memory), "cpu" (the same, compiled C in float32, if a compiler was there
+                when the package was installed) or "auto": the fastest that can serve the request,
+                with the same results up to rounding.
         """
         super().__init__()
         RUMCellConfig(  # checks the options
@@ -131,11 +131,9 @@ class RUMCell(Cell):
             activation=activation,
         )
         check_choice("backend", backend, BACKENDS)
-        if backend == "cpu" and lambda_ != 0:
-            raise ConfigError(f"backend 'cpu' serves lambda_ = 0, got {lambda_}: use 'fused'")
-        if backend == "fused" and (lambda_ not in (0, 1) or lambda_trainable):
+        if backend in ("fused", "cpu") and (lambda_ not in (0, 1) or lambda_trainable):
             raise ConfigError(
-                f"backend 'fused' serves a fixed lambda_ of 0 or 1, got {lambda_}"
+                f"backend {backend!r} serves a fixed lambda_ of 0 or 1, got {lambda_}"
                 f"{' trainable' if lambda_trainable else ''}: use 'reference'"
             )
         self.input_size = input_size
@@ -287,8 +285,12 @@ class RUMCell(Cell):
         hidden, memory = state[0].to(dtype), state[1:]
         if backend == "cpu":
             weights = self.weight_ih, self.bias, self.embedding_bias, self.weight_hh
-            outputs = cpu.rum_sequence(input.to(dtype), hidden, weights, norms, mask, options)
-            return outputs, (outputs[-1] if len(outputs) else hidden,)
+            rotated = state[1].to(dtype) if memory else None
+            outputs, rotated = cpu.rum_sequence(
+                input.to(dtype), hidden, rotated, weights, norms, mask, options
+            )
+            memory = () if rotated is None else (rotated,)
+            return outputs, (outputs[-1] if len(outputs) else hidden, *memory)
         # Two products, so that no kernel need copy its part out of a joint result.
         gates = F.linear(input, self.weight_ih[: 2 * size], self.bias).to(dtype)
         embedded = F.linear(input, self.weight_ih[2 * size :], self.embedding_bias).to(dtype)
@@ -319,10 +321,10 @@ class RUMCell(Cell):
             # Half precision stays on the reference, which does norms and rotation in float32.
             full = self.weight_hh.dtype in (torch.float32, torch.float64)
             backend = "fused" if full and self._unserved(state) is None else "reference"
-            if backend == "fused" and self.lambda_ == 0 and self._unserved_by_cpu() is None:
+            if backend == "fused" and self._unserved_by_cpu() is None:
                 backend = "cpu"
-        elif backend == "fused" and (reason := self._unserved(state)) is not None:
-            raise ConfigError(f"backend 'fused' {reason}: use 'reference'")
+        elif backend != "reference" and (reason := self._unserved(state)) is not None:
+            raise ConfigError(f"backend {backend!r} {reason}: use 'reference'")
         elif backend == "cpu" and (reason := self._unserved_by_cpu()) is not None:
             raise ConfigError(f"backend 'cpu' {reason}: use 'fused'")
         if backend != self._logged_backend:
@@ -335,7 +337,7 @@ class RUMCell(Cell):
         return cpu.unserved(self.hidden_size, weight.dtype, weight.device)
 
     def _unserved(self, state: State) -> str | None:
-        """Why the fused backend cannot serve a call; None where it can."""
+        """Why neither "fused" nor "cpu" can serve a call; None where they can."""
         if self.lambda_ not in (0, 1) or self.lambda_trainable:
             return "serves a fixed lambda_ of 0 or 1"
         if len(state) == 2 and torch.is_grad_enabled() and state[1].requires_grad:

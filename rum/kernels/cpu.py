@@ -1,4 +1,4 @@
-"""The RUM recurrence with lambda = 0 on the CPU: one C call for a sequence, forward and backward.
+"""The RUM recurrence on the CPU with lambda = 0 or 1: compiled, input products included.
 
 The C library (rum_cpu.c) is built when the package is installed, if there is a compiler; it needs
 neither Python's nor torch's headers, so one build serves every version of both. Where it is
@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rum.kernels.memory import CHECKPOINT_INTERVAL, initial_skew
 from rum.kernels.step import ACTIVATIONS, RecurrenceOptions
 
 LARGEST_SIZE = 16384
-_ROW_BUFFERS = 6  # rows of scratch for each thread, as in rum_cpu.c
+_ROW_BUFFERS = 14  # rows of scratch for each thread, as in rum_cpu.c
 _PANEL_WIDTH = 16  # WIDTH there
 _ONEDNN_LINEAR = "_linear_pointwise"  # what TorchInductor calls; not in every build of torch
 _PIECE = 2**20  # numbers in the gradients of a piece of time
@@ -53,7 +54,7 @@ def library() -> ctypes.CDLL | None:
     if not path.is_file():
         return None
     loaded = ctypes.CDLL(str(path))
-    for name, pointers in (("rum_forward", 7), ("rum_backward", 12)):
+    for name, pointers in (("rum_forward", 8), ("rum_backward", 14)):
         function = getattr(loaded, name)
         function.restype = None
         function.argtypes = [
@@ -80,28 +81,35 @@ def unserved(size: int, dtype: torch.dtype, device: torch.device) -> str | None:
 def rum_sequence(
     input: Tensor,
     hidden: Tensor,
+    memory: Tensor | None,
     weights: tuple[Tensor, Tensor, Tensor | None, Tensor],
     norms: tuple[Tensor, ...],
     mask: Tensor | None,
     options: RecurrenceOptions,
-) -> Tensor:
-    """As `rum.kernels.fused.rum_recurrence`, in float32 on the CPU, input products included.
+) -> tuple[Tensor, Tensor | None]:
+    """Runs a whole sequence of the RUM cell in float32.
 
     Args:
         input: `(T, B, input_size)`.
         hidden: `(B, N)`, the initial state.
+        memory: `(B, N, N)` with lambda = 1, the initial associative memory, orthogonal; it gets
+            no gradient. None with lambda = 0.
         weights: `weight_ih (3N, input_size)`, `bias (2N,)`, `embedding_bias (N,)` or None and
             `weight_hh (2N, N)` of the cell.
-        norms: As there.
-        mask: As there.
-        options: As there.
+        norms: As `rum.kernels.fused.rum_recurrence`, and so `mask` and `options`.
+        mask: See `norms`.
+        options: See `norms`.
 
     Returns:
-        `(T, B, N)`, the hidden state after every step.
+        `(T, B, N)`, the hidden state after every step, and the last memory, if there is one.
+
+    Raises:
+        RuntimeError: When differentiated twice; the reference backend can do that.
     """
-    outputs: Tensor = _Sequence.apply(  # type: ignore[no-untyped-call]
+    outputs: tuple[Tensor, Tensor | None] = _Sequence.apply(  # type: ignore[no-untyped-call]
         options,
         None if mask is None else mask.contiguous(),
+        memory,
         input.contiguous(),
         hidden.contiguous(),
         *weights,
@@ -118,6 +126,7 @@ class _Sequence(torch.autograd.Function):
         ctx: Any,
         options: RecurrenceOptions,
         mask: Tensor | None,
+        memory: Tensor | None,
         input: Tensor,
         hidden: Tensor,
         weight_ih: Tensor,
@@ -125,7 +134,7 @@ class _Sequence(torch.autograd.Function):
         embedding_bias: Tensor | None,
         weight_hh: Tensor,
         *norms: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         compiled = library()
         assert compiled is not None
         batch, size = hidden.shape
@@ -133,21 +142,30 @@ class _Sequence(torch.autograd.Function):
             pre = _linear(input, weight_ih[: 2 * size], bias)
             embedded = _linear(input, weight_ih[2 * size :], embedding_bias)
         outputs = torch.empty_like(embedded)
+        matrix = None if memory is None else memory.clone(memory_format=torch.contiguous_format)
+        checkpoints: list[Tensor] = []
         c_options = _c_options(options, batch, size, norms)
         scratch = hidden.new_empty(c_options.threads * _ROW_BUFFERS * size)
         panels = _panels(weight_hh)
-        compiled.rum_forward(
-            c_options,
-            len(input),
-            panels.data_ptr(),
-            embedded.data_ptr(),
-            hidden.data_ptr(),
-            mask.data_ptr() if mask is not None else None,
-            pre.data_ptr(),
-            outputs.data_ptr(),
-            scratch.data_ptr(),
-        )
+        for first, last in _pieces(len(input), _interval(matrix, len(input))):
+            if matrix is not None and first:
+                checkpoints.append(matrix.clone())
+            previous = outputs[first - 1] if first else hidden
+            compiled.rum_forward(
+                c_options,
+                last - first,
+                panels.data_ptr(),
+                embedded[first].data_ptr(),
+                previous.data_ptr(),
+                mask[first].data_ptr() if mask is not None else None,
+                pre[first].data_ptr(),
+                matrix.data_ptr() if matrix is not None else None,
+                outputs[first].data_ptr(),
+                scratch.data_ptr(),
+            )
         ctx.options = options
+        ctx.num_norms = len(norms)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             mask,
             input,
@@ -158,35 +176,58 @@ class _Sequence(torch.autograd.Function):
             pre,
             embedded,
             outputs,
+            matrix,
             *norms,
+            *checkpoints,
         )
-        return outputs
+        return outputs, matrix
 
     @staticmethod
-    def backward(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_outputs: Tensor | None, grad_memory: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph=True; the result would silently lack terms
             raise RuntimeError(
                 "the compiled RUM recurrence cannot be differentiated twice: use "
                 "backend='reference'"
             )
         with torch.autocast("cpu", enabled=False):
-            return _Sequence._gradients(ctx, grad_outputs.contiguous())
+            return _Sequence._gradients(ctx, grad_outputs, grad_memory)
 
     @staticmethod
-    def _gradients(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def _gradients(
+        ctx: Any, grad_outputs: Tensor | None, grad_memory: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         compiled = library()
         assert compiled is not None
-        (mask, input, hidden, weight_ih, embedding_bias, weight_hh, pre, embedded, outputs) = (
-            ctx.saved_tensors[:9]
-        )
-        norms = ctx.saved_tensors[9:]
+        (
+            mask,
+            input,
+            hidden,
+            weight_ih,
+            embedding_bias,
+            weight_hh,
+            pre,
+            embedded,
+            outputs,
+            matrix,
+        ) = ctx.saved_tensors[:10]
+        norms = ctx.saved_tensors[10 : 10 + ctx.num_norms]
+        checkpoints = ctx.saved_tensors[10 + ctx.num_norms :]
         steps, batch, features = input.shape
         size = hidden.shape[1]
+        if grad_outputs is None:
+            grad_outputs = torch.zeros_like(outputs)
+        grad_outputs = grad_outputs.contiguous()
+        skew = None
+        if matrix is not None:
+            skew = initial_skew(matrix, grad_memory)
+            matrix = matrix.clone()
         c_options = _c_options(ctx.options, batch, size, norms)
         threads = c_options.threads
         scratch = hidden.new_empty(threads * _ROW_BUFFERS * size)
         panels = _panels(weight_hh.t())
-        grad_input = torch.empty_like(input) if ctx.needs_input_grad[2] else None
+        grad_input = torch.empty_like(input) if ctx.needs_input_grad[3] else None
         grad_hidden = torch.zeros_like(hidden)
         grad_norms = hidden.new_zeros(threads, 6 * size)
         grad_weight_ih, grad_weight_hh = torch.zeros_like(weight_ih), torch.zeros_like(weight_hh)
@@ -195,10 +236,11 @@ class _Sequence(torch.autograd.Function):
         # fresh pages for those of the whole sequence would cost as much as the products. A piece
         # has rows enough that adding its share to the weight's gradient costs little.
         rows = max(_PIECE // (3 * size), 2 * size)
-        longest = max(1, min(steps, rows // max(1, batch)))
-        buffer = hidden.new_empty(longest * batch * 3 * size)
-        for last in range(steps, 0, -longest):
-            first = max(0, last - longest)
+        interval = _interval(matrix, max(1, rows // max(1, batch)))
+        buffer = hidden.new_empty(min(steps, interval) * batch * 3 * size)
+        for first, last in reversed(_pieces(steps, interval)):
+            if matrix is not None and last < steps:
+                matrix.copy_(checkpoints[last // interval - 1])
             rows = (last - first) * batch
             grad_pre = buffer[: rows * 2 * size].view(rows, 2 * size)
             grad_embedded = buffer[rows * 2 * size : rows * 3 * size].view(rows, size)
@@ -213,6 +255,8 @@ class _Sequence(torch.autograd.Function):
                 outputs[first].data_ptr(),
                 mask[first].data_ptr() if mask is not None else None,
                 grad_outputs[first].data_ptr(),
+                matrix.data_ptr() if matrix is not None else None,
+                skew.data_ptr() if skew is not None else None,
                 grad_hidden.data_ptr(),
                 grad_pre.data_ptr(),
                 grad_embedded.data_ptr(),
@@ -239,6 +283,7 @@ class _Sequence(torch.autograd.Function):
         return (
             None,
             None,
+            None,
             grad_input,
             grad_hidden,
             grad_weight_ih,
@@ -247,6 +292,16 @@ class _Sequence(torch.autograd.Function):
             grad_weight_hh,
             *of_norms,
         )
+
+
+def _interval(matrix: Tensor | None, otherwise: int) -> int:
+    """Steps in a piece of time: with memories, those between two checkpoints."""
+    return otherwise if matrix is None else CHECKPOINT_INTERVAL
+
+
+def _pieces(steps: int, interval: int) -> list[tuple[int, int]]:
+    """First and last step of every piece of time."""
+    return [(first, min(first + interval, steps)) for first in range(0, steps, max(1, interval))]
 
 
 def _panels(weight: Tensor) -> Tensor:

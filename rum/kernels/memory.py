@@ -209,6 +209,14 @@ def _add_outer(
     matrix.baddbmm_(torch.stack(left, -1), torch.stack(right, -2), alpha=factor)
 
 
+def initial_skew(matrix: Tensor, grad: Tensor | None) -> Tensor:
+    """S of the last memory, from its gradient."""
+    if grad is None:
+        return torch.zeros_like(matrix)
+    onto = matrix.mT @ grad
+    return onto - onto.mT
+
+
 class _Undone:
     """The memory on its way back, with the gradient that it carries."""
 
@@ -219,10 +227,7 @@ class _Undone:
     @staticmethod
     def begin(matrix: Tensor, grad: Tensor | None) -> "_Undone":
         """From the last memory and its gradient."""
-        if grad is None:
-            return _Undone(matrix.clone(), torch.zeros_like(matrix))
-        onto = matrix.mT @ grad
-        return _Undone(matrix.clone(), onto - onto.mT)
+        return _Undone(matrix.clone(), initial_skew(matrix, grad))
 
     def turn(self, source: Tensor, target: Tensor, vector: Tensor) -> "_UndoneTurn":
         """The memory after this step, applied to `vector`; `backward` then undoes the step."""

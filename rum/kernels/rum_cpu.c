@@ -1,5 +1,6 @@
-/* The RUM recurrence with lambda = 0, float32, whole sequences. rum/kernels/cpu.py calls it;
- * rum/kernels/step.py is the mathematics of a step in PyTorch, with names explained there.
+/* The RUM recurrence with lambda = 0 or 1, float32, whole sequences. rum/kernels/cpu.py calls it;
+ * rum/kernels/step.py is the mathematics of a step in PyTorch, with names explained there, and
+ * rum/kernels/memory.py that of the associative memory.
  *
  * Samples do not meet: each thread takes some rows of the batch through all of time without
  * waiting for another. Only where rows are too few for that do threads share a step's product.
@@ -17,10 +18,11 @@
 
 #define FLOOR 1e-12f          /* squared norms below count as zero */
 #define LAYER_NORM_EPS 1e-3f
-#define ROW_BUFFERS 6
+#define ROW_BUFFERS 14
 #define SMALL (1 << 20)       /* multiplications below which threads cost more than they bring */
 #define WIDTH 16              /* columns of a panel, see rum_cpu_product.h; cpu.py packs them */
 #define DEPTH 512
+#define FEW_ROWS 8            /* of the largest tile */
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -156,15 +158,134 @@ INLINE void norm_backward(
 
 typedef struct {
     float *target, *sigmoid, *update, *total, *candidate, *mixed; /* rows of scratch */
+    float *r, *w, *vector, *on_r, *on_w, *skew_r, *skew_w, *grad_r; /* with a memory only */
     Normal target_normal, update_normal, total_normal;
     float e_norm, r_norm;    /* inverse norms of embedded input and target */
     float scale_w, scale_r;  /* of the two reflections, 0 where left out */
     float k, z, rw, square;
 } Row;
 
-/* all of a step up to (not including) time normalisation and zoneout */
+/* The associative memory of one sample, N x N, and the skew gradient that it carries backward */
+typedef struct { float *matrix, *skew; } Memory;
+
+/* R <- R Rot; total = eps + R h, by the vector that is turned already */
+INLINE void advance(const Row *row, float *matrix, const float *eps, int64_t n)
+{
+    const float *r = row->r, *w = row->w, *vector = row->vector;
+    for (int64_t i = 0; i < n; i++) {
+        float *line = matrix + i * n;
+        float on_r = 0.0f, on_w = 0.0f, turned = 0.0f;
+#pragma omp simd reduction(+ : on_r, on_w, turned)
+        for (int64_t j = 0; j < n; j++) {
+            on_r += line[j] * r[j];
+            on_w += line[j] * w[j];
+            turned += line[j] * vector[j];
+        }
+        const float first = row->scale_r * on_r;
+        const float second = row->scale_w * (on_w - row->rw * first);
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) line[j] -= first * r[j] + second * w[j];
+        row->total[i] = eps[i] + turned;
+    }
+}
+
+/* The same total from the memory after the step, with R r and R w for `undo` */
+INLINE void recall(const Row *row, const float *matrix, const float *eps, const float *h, int64_t n)
+{
+    const float *r = row->r, *w = row->w;
+    for (int64_t i = 0; i < n; i++) {
+        const float *line = matrix + i * n;
+        float on_r = 0.0f, on_w = 0.0f, turned = 0.0f;
+#pragma omp simd reduction(+ : on_r, on_w, turned)
+        for (int64_t j = 0; j < n; j++) {
+            on_r += line[j] * r[j];
+            on_w += line[j] * w[j];
+            turned += line[j] * h[j];
+        }
+        row->on_r[i] = on_r;
+        row->on_w[i] = on_w;
+        row->total[i] = eps[i] + turned;
+    }
+}
+
+INLINE float dot(const float *a, const float *b, int64_t n)
+{
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* Takes memory and skew gradient to the step before, given the gradient of R h. Adds those of h
+ * and eps; writes that of the target. */
+INLINE void undo(
+    const Row *row, Memory memory, const float *eps, const float *h, const float *grad,
+    float *grad_h, float *grad_eps, float *grad_target, int64_t n)
+{
+    const float *r = row->r, *w = row->w;
+    const float scale_r = row->scale_r, scale_w = row->scale_w, rw = row->rw;
+    float *z = row->vector, *skew_r = row->skew_r, *skew_w = row->skew_w, *grad_r = row->grad_r;
+    memset(z, 0, (size_t)n * sizeof(float));
+    for (int64_t i = 0; i < n; i++) {
+        float *line = memory.matrix + i * n;
+        const float first = scale_w * row->on_w[i], of_line = grad[i];
+        const float second = scale_r * (row->on_r[i] - rw * first);
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) {
+            z[j] += of_line * line[j];
+            line[j] -= first * w[j] + second * r[j];
+        }
+    }
+
+    const float hw = dot(h, w, n), hr = dot(h, r, n), zw = dot(z, w, n), zr = dot(z, r, n);
+    float wr_skew = 0.0f, we_skew = 0.0f;
+    for (int64_t i = 0; i < n; i++) {
+        const float *line = memory.skew + i * n;
+        float by_w = 0.0f, by_r = 0.0f;
+#pragma omp simd reduction(+ : by_w, by_r)
+        for (int64_t j = 0; j < n; j++) {
+            by_w += line[j] * w[j];
+            by_r += line[j] * r[j];
+        }
+        skew_w[i] = by_w + z[i] * hw - h[i] * zw;
+        skew_r[i] = by_r + z[i] * hr - h[i] * zr;
+        wr_skew += skew_w[i] * r[i];
+        we_skew += w[i] * (skew_w[i] - skew_r[i]);
+    }
+    /* grad_w = -scale_w skew_w; `turned` = the skew gradient after H_w, applied to r */
+    float *turned = row->on_r;
+    float e_along = 0.0f, r_along = 0.0f;
+#pragma omp simd reduction(+ : e_along, r_along)
+    for (int64_t i = 0; i < n; i++) {
+        const float grad_w = -scale_w * skew_w[i];
+        grad_r[i] = grad_w + scale_r * (skew_w[i] - skew_r[i] - scale_w * we_skew * w[i]);
+        turned[i] = skew_r[i] + scale_w * wr_skew * w[i] + grad_w * rw;
+        e_along += grad_w * eps[i] * row->e_norm;
+        r_along += grad_r[i] * r[i];
+    }
+    for (int64_t i = 0; i < n; i++) {
+        float *line = memory.skew + i * n;
+        const float z_i = z[i], h_i = h[i], w_i = scale_w * w[i], skew_i = scale_w * skew_w[i];
+        const float r_i = scale_r * r[i], turned_i = scale_r * turned[i];
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++)
+            line[j] += (z_i * h[j] - h_i * z[j]) + (w_i * skew_w[j] - skew_i * w[j])
+                + (r_i * turned[j] - turned_i * r[j]);
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        const float grad_w = -scale_w * skew_w[i];
+        grad_h[i] += z[i];
+        grad_eps[i] += (grad_w - e_along * eps[i] * row->e_norm) * row->e_norm;
+        grad_target[i] = (grad_r[i] - r_along * r[i]) * row->r_norm;
+    }
+}
+
+/* all of a step up to (not including) time normalisation and zoneout; a memory with a skew gradient
+ * is that after the step, one without is that before it and advances */
 INLINE void row_forward(
-    const Options *o, const float *pre, const float *eps, const float *h, float *scratch, Row *row)
+    const Options *o, const float *pre, const float *eps, const float *h, Memory memory,
+    float *scratch, Row *row)
 {
     const int64_t n = o->size;
     row->target = scratch;
@@ -173,6 +294,14 @@ INLINE void row_forward(
     row->total = scratch + 3 * n;
     row->candidate = scratch + 4 * n;
     row->mixed = scratch + 5 * n;
+    row->r = scratch + 6 * n;
+    row->w = scratch + 7 * n;
+    row->vector = scratch + 8 * n;
+    row->on_r = scratch + 9 * n;
+    row->on_w = scratch + 10 * n;
+    row->skew_r = scratch + 11 * n;
+    row->skew_w = scratch + 12 * n;
+    row->grad_r = scratch + 13 * n;
     float *target = row->target, *sig = row->sigmoid, *update = row->update;
     float *total = row->total, *candidate = row->candidate, *mixed = row->mixed;
 
@@ -231,10 +360,24 @@ INLINE void row_forward(
     row->k = k;
     row->z = z;
     row->rw = rw;
+    if (memory.matrix) {
+        float *to_r = row->r, *to_w = row->w, *vector = row->vector;
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-        const float r = target[i] * r_norm, w = eps[i] * e_norm + r;
-        total[i] = eps[i] + h[i] - k * w - scale_r * z * r;
+        for (int64_t i = 0; i < n; i++) {
+            to_r[i] = target[i] * r_norm;
+            to_w[i] = eps[i] * e_norm + to_r[i];
+            vector[i] = h[i] - k * to_w[i] - scale_r * z * to_r[i];
+        }
+        if (memory.skew)
+            recall(row, memory.matrix, eps, h, n);
+        else
+            advance(row, memory.matrix, eps, n);
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) {
+            const float r = target[i] * r_norm, w = eps[i] * e_norm + r;
+            total[i] = eps[i] + h[i] - k * w - scale_r * z * r;
+        }
     }
     if (o->gate_norm == NO_NORM) {
 #pragma omp simd
@@ -258,13 +401,14 @@ INLINE void row_forward(
 
 CLONES void rum_rows_forward(
     const Options *o, int64_t first, int64_t last, const float *pre, const float *eps,
-    const float *h, const float *mask, float *out, float *scratch)
+    const float *h, const float *mask, float *matrices, float *out, float *scratch)
 {
     const int64_t n = o->size;
     for (int64_t b = first; b < last; b++) {
         Row row = {0};
         const float *previous = h + b * n;
-        row_forward(o, pre + 2 * b * n, eps + b * n, previous, scratch, &row);
+        const Memory memory = {matrices ? matrices + b * n * n : 0, 0};
+        row_forward(o, pre + 2 * b * n, eps + b * n, previous, memory, scratch, &row);
         const float square = row.square < FLOOR ? FLOOR : row.square;
         const float scale = o->has_eta ? o->eta / sqrtf(square) : 1.0f;
         const float *mixed = row.mixed, *kept = mask ? mask + b * n : 0;
@@ -289,14 +433,16 @@ CLONES void rum_rows_forward(
  * the previous state without its share through `pre`; grad_norms is [6N], summed into */
 CLONES void rum_rows_backward(
     const Options *o, int64_t first, int64_t last, const float *pre, const float *eps,
-    const float *h, const float *mask, const float *grad_out, float *grad_state, float *grad_pre,
-    float *grad_eps, float *grad_norms, float *scratch)
+    const float *h, const float *mask, const float *grad_out, float *matrices, float *skews,
+    float *grad_state, float *grad_pre, float *grad_eps, float *grad_norms, float *scratch)
 {
     const int64_t n = o->size;
     for (int64_t b = first; b < last; b++) {
         Row row = {0};
         const float *previous = h + b * n, *embedded = eps + b * n, *gates = pre + 2 * b * n;
-        row_forward(o, gates, embedded, previous, scratch, &row);
+        const Memory memory = {
+            matrices ? matrices + b * n * n : 0, skews ? skews + b * n * n : 0};
+        row_forward(o, gates, embedded, previous, memory, scratch, &row);
         const float *kept = mask ? mask + b * n : 0, *from_out = grad_out + b * n;
         const float *mixed = row.mixed, *candidate = row.candidate, *update = row.update;
         const float *target = row.target, *total = row.total, *sig = row.sigmoid;
@@ -329,37 +475,42 @@ CLONES void rum_rows_backward(
                 grad, total, o->total_gain, grad_norms + 4 * n, grad_norms + 5 * n, n,
                 row.total_normal.inverse_std);
 
-        /* the rotation: two reflections */
-        const float e_norm = row.e_norm, r_norm = row.r_norm, k = row.k, z = row.z;
-        const float scale_r = row.scale_r;
-        float rg = 0.0f, wg = 0.0f;
+        /* the rotation: two reflections, or those of the memory */
+        if (memory.matrix) {
+            memcpy(row.total, grad, (size_t)n * sizeof(float)); /* of eps is added to grad */
+            undo(&row, memory, embedded, previous, row.total, state, grad, of_target, n);
+        } else {
+            const float e_norm = row.e_norm, r_norm = row.r_norm, k = row.k, z = row.z;
+            const float scale_r = row.scale_r;
+            float rg = 0.0f, wg = 0.0f;
 #pragma omp simd reduction(+ : rg, wg)
-        for (int64_t i = 0; i < n; i++) {
-            const float r = target[i] * r_norm, w = embedded[i] * e_norm + r;
-            rg += r * grad[i];
-            wg += w * grad[i];
-        }
-        const float s = row.scale_w * (wg - scale_r * rg * row.rw);
-        float we = 0.0f, tr = 0.0f;
+            for (int64_t i = 0; i < n; i++) {
+                const float r = target[i] * r_norm, w = embedded[i] * e_norm + r;
+                rg += r * grad[i];
+                wg += w * grad[i];
+            }
+            const float s = row.scale_w * (wg - scale_r * rg * row.rw);
+            float we = 0.0f, tr = 0.0f;
 #pragma omp simd reduction(+ : we, tr)
-        for (int64_t i = 0; i < n; i++) {
-            const float e = embedded[i] * e_norm, r = target[i] * r_norm, w = e + r;
-            const float reflected = grad[i] - scale_r * rg * r;
-            const float of_w = s * k * w - s * previous[i] - k * reflected;
-            const float of_r = of_w - scale_r * (z * grad[i] + rg * (previous[i] - k * w));
-            we += of_w * e;
-            tr += of_r * r;
-        }
-        const int is_identity = scale_r == 0.0f;
+            for (int64_t i = 0; i < n; i++) {
+                const float e = embedded[i] * e_norm, r = target[i] * r_norm, w = e + r;
+                const float reflected = grad[i] - scale_r * rg * r;
+                const float of_w = s * k * w - s * previous[i] - k * reflected;
+                const float of_r = of_w - scale_r * (z * grad[i] + rg * (previous[i] - k * w));
+                we += of_w * e;
+                tr += of_r * r;
+            }
+            const int is_identity = scale_r == 0.0f;
 #pragma omp simd
-        for (int64_t i = 0; i < n; i++) {
-            const float e = embedded[i] * e_norm, r = target[i] * r_norm, w = e + r;
-            const float reflected = grad[i] - scale_r * rg * r;
-            const float of_w = s * k * w - s * previous[i] - k * reflected;
-            const float of_r = of_w - scale_r * (z * grad[i] + rg * (previous[i] - k * w));
-            state[i] += reflected - s * w;
-            of_target[i] = is_identity ? 0.0f : (of_r - tr * r) * r_norm;
-            grad[i] += is_identity ? 0.0f : (of_w - we * e) * e_norm;
+            for (int64_t i = 0; i < n; i++) {
+                const float e = embedded[i] * e_norm, r = target[i] * r_norm, w = e + r;
+                const float reflected = grad[i] - scale_r * rg * r;
+                const float of_w = s * k * w - s * previous[i] - k * reflected;
+                const float of_r = of_w - scale_r * (z * grad[i] + rg * (previous[i] - k * w));
+                state[i] += reflected - s * w;
+                of_target[i] = is_identity ? 0.0f : (of_r - tr * r) * r_norm;
+                grad[i] += is_identity ? 0.0f : (of_w - we * e) * e_norm;
+            }
         }
 
         /* the gates */
@@ -386,36 +537,50 @@ CLONES void rum_rows_backward(
     }
 }
 
-/* What a thread does at every step: the product for rows `first` to `last`, and there the panels
- * `first_panel` to `last_panel`; then all else for rows `own_first` to `own_last`. */
+/* A thread is a member of a group. The group has rows `first` to `last` of the batch; of their
+ * product with a weight, the member has panels `first_panel` to `last_panel`. */
 typedef struct {
-    int64_t members, first, last, first_panel, last_panel, own_first, own_last;
+    int64_t member, members, first, last, first_panel, last_panel;
 } Share;
+
+/* Rows that a group takes through time together, and of them the member's own */
+typedef struct {
+    int64_t first, last, own_first, own_last;
+} Rows;
 
 static int num_threads(const Options *o, int64_t steps)
 {
     return o->batch * o->size * o->size * steps < SMALL ? 1 : o->threads;
 }
 
-/* Groups of threads share the batch; the members of a group share the panels of its rows. */
 static Share share(const Options *o, int64_t thread, int64_t threads, int64_t panels)
 {
-    const int64_t tiles = (o->batch + 7) / 8;
+    const int64_t tiles = (o->batch + FEW_ROWS - 1) / FEW_ROWS;
     int64_t groups = threads < o->batch ? threads : o->batch, members = 1;
     if (groups > tiles && o->size >= 512) { /* many weights for a row or two: share them instead */
         groups = tiles;
         members = threads / groups;
     }
-    Share mine = {.members = members};
     const int64_t group = thread / members, member = thread % members;
-    if (group >= groups) return mine;
+    Share mine = {.member = member, .members = members};
+    if (group >= groups) return mine; /* no rows, but it waits with the others */
     mine.first = o->batch * group / groups;
     mine.last = o->batch * (group + 1) / groups;
     mine.first_panel = panels * member / members;
     mine.last_panel = panels * (member + 1) / members;
-    mine.own_first = mine.first + (mine.last - mine.first) * member / members;
-    mine.own_last = mine.first + (mine.last - mine.first) * (member + 1) / members;
     return mine;
+}
+
+/* With memories a few rows at a time, so that these stay in the cache */
+static Rows rows_from(int64_t first, const Share *my, int has_memories)
+{
+    int64_t last = my->last;
+    if (has_memories && last - first > FEW_ROWS) last = first + FEW_ROWS;
+    const int64_t count = last - first;
+    Rows rows = {
+        first, last, first + count * my->member / my->members,
+        first + count * (my->member + 1) / my->members};
+    return rows;
 }
 
 #ifdef _OPENMP
@@ -432,10 +597,11 @@ static Share share(const Options *o, int64_t thread, int64_t threads, int64_t pa
 
 /* hidden [B, N] is the initial state; panels those of the weight (2N, N); pre [T, B, 2N] begins as
  * the share of the inputs and ends with that of the state added; scratch is ROW_BUFFERS x N a
- * thread; all else is [T, B, N] */
+ * thread; all else is [T, B, N]. With lambda = 1 matrices [B, N, N] are the memories, which advance;
+ * else null. */
 void rum_forward(
     const Options *o, int64_t steps, const float *panels, const float *eps, const float *hidden,
-    const float *mask, float *pre, float *outputs, float *scratch)
+    const float *mask, float *pre, float *matrices, float *outputs, float *scratch)
 {
     const int64_t n = o->size, state = o->batch * n;
     const Multiply multiply = choose_multiply();
@@ -443,30 +609,37 @@ void rum_forward(
     {
         const Share my = share(o, THREAD, THREADS, (2 * n + WIDTH - 1) / WIDTH);
         float *buffers = scratch + THREAD * ROW_BUFFERS * n;
-        const float *h = hidden;
-        for (int64_t t = 0; t < steps; t++) {
-            float *gates = pre + 2 * t * state, *out = outputs + t * state;
-            float *my_gates = gates + 2 * my.first * n;
-            multiply(
-                my.last - my.first, n, 2 * n, my.first_panel, my.last_panel, h + my.first * n,
-                panels, my_gates, my_gates);
-            WAIT_FOR_MEMBERS
-            rum_rows_forward(
-                o, my.own_first, my.own_last, gates, eps + t * state, h,
-                mask ? mask + t * state : 0, out, buffers);
-            WAIT_FOR_MEMBERS
-            h = out;
+        Rows rows = rows_from(my.first, &my, matrices != 0);
+        for (;;) {
+            const float *h = hidden;
+            for (int64_t t = 0; t < steps; t++) {
+                float *gates = pre + 2 * t * state, *out = outputs + t * state;
+                float *of_rows = gates + 2 * rows.first * n;
+                multiply(
+                    rows.last - rows.first, n, 2 * n, my.first_panel, my.last_panel,
+                    h + rows.first * n, panels, of_rows, of_rows);
+                WAIT_FOR_MEMBERS
+                rum_rows_forward(
+                    o, rows.own_first, rows.own_last, gates, eps + t * state, h,
+                    mask ? mask + t * state : 0, matrices, out, buffers);
+                WAIT_FOR_MEMBERS
+                h = out;
+            }
+            if (rows.last >= my.last) break;
+            rows = rows_from(rows.last, &my, 1);
         }
     }
 }
 
 /* panels are those of the weight's transpose (N, 2N); grad_state [B, N] is the gradient of the last
  * state on entry, apart from grad_outputs, and that of the initial state on return; grad_norms,
- * 6 x N a thread, is summed into */
+ * 6 x N a thread, is summed into. Memories go back to those before the sequence; skews [B, N, N]
+ * are their gradients, in the same way; null with lambda = 0. */
 void rum_backward(
     const Options *o, int64_t steps, const float *panels, const float *pre, const float *eps,
     const float *hidden, const float *outputs, const float *mask, const float *grad_outputs,
-    float *grad_state, float *grad_pre, float *grad_eps, float *grad_norms, float *scratch)
+    float *matrices, float *skews, float *grad_state, float *grad_pre, float *grad_eps,
+    float *grad_norms, float *scratch)
 {
     const int64_t n = o->size, state = o->batch * n;
     const Multiply multiply = choose_multiply();
@@ -474,19 +647,24 @@ void rum_backward(
     {
         const Share my = share(o, THREAD, THREADS, (n + WIDTH - 1) / WIDTH);
         float *buffers = scratch + THREAD * ROW_BUFFERS * n, *norms = grad_norms + THREAD * 6 * n;
-        float *of_state = grad_state + my.first * n;
-        for (int64_t t = steps - 1; t >= 0; t--) {
-            const float *h = t ? outputs + (t - 1) * state : hidden;
-            float *grad_gates = grad_pre + 2 * t * state;
-            rum_rows_backward(
-                o, my.own_first, my.own_last, pre + 2 * t * state, eps + t * state, h,
-                mask ? mask + t * state : 0, grad_outputs + t * state, grad_state, grad_gates,
-                grad_eps + t * state, norms, buffers);
-            WAIT_FOR_MEMBERS
-            multiply(
-                my.last - my.first, 2 * n, n, my.first_panel, my.last_panel,
-                grad_gates + 2 * my.first * n, panels, of_state, of_state);
-            WAIT_FOR_MEMBERS
+        Rows rows = rows_from(my.first, &my, matrices != 0);
+        for (;;) {
+            float *of_state = grad_state + rows.first * n;
+            for (int64_t t = steps - 1; t >= 0; t--) {
+                const float *h = t ? outputs + (t - 1) * state : hidden;
+                float *grad_gates = grad_pre + 2 * t * state;
+                rum_rows_backward(
+                    o, rows.own_first, rows.own_last, pre + 2 * t * state, eps + t * state, h,
+                    mask ? mask + t * state : 0, grad_outputs + t * state, matrices, skews,
+                    grad_state, grad_gates, grad_eps + t * state, norms, buffers);
+                WAIT_FOR_MEMBERS
+                multiply(
+                    rows.last - rows.first, 2 * n, n, my.first_panel, my.last_panel,
+                    grad_gates + 2 * rows.first * n, panels, of_state, of_state);
+                WAIT_FOR_MEMBERS
+            }
+            if (rows.last >= my.last) break;
+            rows = rows_from(rows.last, &my, 1);
         }
     }
 }
