@@ -1,7 +1,7 @@
 """Trains what the paper claims learns, or does not, at sizes for two CPU cores; keeps the curves.
 
 python benchmarks/learning.py                 all, about two hours; results/learning.json
-python benchmarks/learning.py copying_rum     one of them
+python benchmarks/learning.py copying_rum_T100     one of them
 
 Each seed's curve goes into the file as soon as it is there; a finished one is not repeated.
 """
@@ -17,6 +17,7 @@ import torch
 
 from rum.cells import FSRUMConfig, LSTMCellConfig, LSTMConfig, RUMCellConfig, RUMConfig
 from rum.experiment import ExperimentConfig, parameter_count, run_experiment
+from rum.parameters import flatten
 from rum.tasks import CharacterLMConfig, CopyingConfig, RecallConfig
 from rum.training.config import TrainingConfig
 from rum.training.loop import Report
@@ -130,6 +131,7 @@ def curve(experiment: ExperimentConfig, seed: int) -> dict[str, Any]:
     names = [name for name in reports[-1] if name.startswith(KEPT)]
     return {
         "seed": seed,
+        "experiment": flatten(experiment),
         "parameters": parameter_count(experiment.model, task),
         "metric": task.metric,
         "baselines": task.baselines(),
@@ -146,7 +148,7 @@ def summary(name: str, runs: list[dict[str, Any]]) -> str:
         f"{name:<28} {runs[0]['parameters']:>8,} parameters  {metric} "
         f"{' '.join(f'{value:.4f}' for value in last)} (median {statistics.median(last):.4f})"
     )
-    for curve_name in runs[0]["curves"]:
+    for curve_name in dict.fromkeys(name for run in runs for name in run["curves"]):
         if "steps_to" in curve_name:
             reached = [
                 next((s for s in run["curves"].get(curve_name, []) if s is not None), None)
@@ -159,21 +161,26 @@ def summary(name: str, runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Runs what is asked for and not there yet, then prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[*EXPERIMENTS, []], default=[])
+    parser.add_argument("names", nargs="*", help=", ".join(EXPERIMENTS))
     chosen = parser.parse_args().names or list(EXPERIMENTS)
+    for name in set(chosen) - set(EXPERIMENTS):
+        parser.error(f"there is no experiment {name!r}")
     torch.set_num_threads(1)
     RESULTS.parent.mkdir(exist_ok=True)
     for name in chosen:
         experiment, seeds = EXPERIMENTS[name]
         for seed in range(seeds):
             results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            if any(run["seed"] == seed for run in results.get(name, [])):
+            experiment.training.seed = seed
+            if any(run["experiment"] == flatten(experiment) for run in results.get(name, [])):
                 continue
             print(f"{name}, seed {seed}")
             run = curve(experiment, seed)
             results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             results.setdefault(name, []).append(run)
-            RESULTS.write_text(json.dumps(results, indent=1))
+            partial = RESULTS.with_suffix(".partial")
+            partial.write_text(json.dumps(results, indent=1))
+            partial.replace(RESULTS)
     results = json.loads(RESULTS.read_text())
     for name in chosen:
         print(summary(name, results[name]))

@@ -56,6 +56,9 @@ def to_config(cfg: DictConfig) -> Any:
         cfg.command = shlex.join(["python", *map(_without_secret, sys.argv)])
     _check_names(cfg, "")
     _check_not_searched(cfg)
+    if "profile" in cfg:
+        _check_profile(cfg)
+        cfg.setting.changes = _changes_of_setting(cfg)
     try:
         return OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
@@ -74,6 +77,55 @@ def _check_not_searched(cfg: DictConfig) -> None:
                     f"{name} is searched, so {override.input_line} would have no effect. Fix it "
                     f"in the space: 'space={{{name}: {{{fixed}}}}}'"
                 )
+
+
+def _experiment_options(cfg: DictConfig) -> dict[str, Any]:
+    """Everything that decides a run's result, by dotted name."""
+    sections = {name: cfg[name] for name in ("model", "task", "training")}
+    return flatten(OmegaConf.to_container(OmegaConf.create(sections, parent=cfg), resolve=True))
+
+
+def _check_profile(cfg: DictConfig) -> None:
+    """Refuses a profile, or one of its options, that the other options do not refer to."""
+    overrides = list(HydraConfig.get().overrides.task)
+    chosen = [each for each in overrides if re.match(r"profile[.=]", each)]
+    is_single = any(each.startswith("profile.") for each in chosen)
+    if chosen in ([], ["profile=reference"]) or (cfg.setting.name is not None and not is_single):
+        return
+    rest = [each for each in overrides if each not in chosen]
+    primary = str(HydraConfig.get().job.config_name)
+    if _experiment_options(compose(primary, rest)) == _experiment_options(cfg):
+        raise ConfigError(
+            f"{' '.join(chosen)} changes nothing here: published settings refer to the profile "
+            "(experiment=..., see search_spaces/experiment), and so does the training of recall "
+            "and bAbI"
+        )
+
+
+NOT_PART_OF_A_SETTING = {
+    "task.subtask",  # a column of Table 4 is one setting
+    "training.seed",
+    "training.device",
+    "training.threads",
+    "training.diagnostics",
+    "training.checkpoint_seconds",
+}
+
+
+def _changes_of_setting(cfg: DictConfig) -> list[str]:
+    """Options that are not those of the published setting, as `name=value (published value)`."""
+    if cfg.setting.name is None:
+        return []
+    overrides = HydraConfig.get().overrides.task
+    published = _experiment_options(
+        compose("train", [each for each in overrides if re.match(r"(experiment|profile)\b", each)])
+    )
+    free = NOT_PART_OF_A_SETTING | {str(name) for name in cfg.get("space", {})}
+    return [
+        f"{name}={value} ({published.get(name, 'not there')})"
+        for name, value in _experiment_options(cfg).items()
+        if name not in free and published.get(name) != value
+    ]
 
 
 def _check_names(cfg: DictConfig, prefix: str) -> None:
@@ -182,7 +234,7 @@ def _hints(config_name: str) -> list[str]:
         if key == "space" and isinstance(value, dict):
             searched = [str(name) for name in known_config.get("space", {})]
             hints += [
-                f"the space has no option {name!r}{nearest(str(name), searched)} "
+                f"the space has no option {name!r}{nearest(str(name), searched)}. "
                 f"It has: {', '.join(searched)}. A new one goes into a file of search_spaces/space"
                 for name in value
                 if name not in searched

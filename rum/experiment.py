@@ -14,7 +14,7 @@ import rum.memory_network  # noqa: F401  # registers the one model that is not i
 from rum.cells import MODELS, ModelConfig, StoryLayout
 from rum.errors import CheckpointError, ConfigError
 from rum.models import ModelSizes, build_model, build_on_meta, count_parameters
-from rum.parameters import from_plain
+from rum.parameters import flatten, from_plain
 from rum.plugins import load_plugins
 from rum.tasks import TASKS, Task, TaskConfig
 from rum.training.checkpoint import Checkpoint, CheckpointStore, load_state
@@ -111,7 +111,8 @@ def run_experiment(
         _check_same_model(config, begin_from)
         trainer.restore(begin_from)
         # The origin keeps its reports and its best weights: here both begin afresh.
-        trainer.progress = Progress(step=trainer.progress.step)
+        origin = trainer.progress
+        trainer.progress = Progress(step=origin.step, before=[*origin.before, *origin.reports])
     return trainer.run(report, on_step)
 
 
@@ -136,7 +137,13 @@ def _check_same_model(config: ExperimentConfig, checkpoint: Checkpoint) -> None:
     theirs = checkpoint.description.get("experiment", {}).get("model")
     ours = dataclasses.asdict(config.model)
     if theirs != ours:
-        raise CheckpointError(f"{checkpoint.path} is of model {theirs}, expected {ours}")
+        before, now = flatten(theirs or {}), flatten(ours)
+        different = [
+            f"{name}: {before.get(name)}, expected {now.get(name)}"
+            for name in dict.fromkeys((*before, *now))
+            if before.get(name) != now.get(name)
+        ]
+        raise CheckpointError(f"{checkpoint.path} is of another model: {'; '.join(different)}")
 
 
 def load_model(checkpoint: Checkpoint, task: Task, device: str) -> nn.Module:

@@ -55,13 +55,30 @@ class SettingConfig:
     """The published number; null where there is none (a curve)."""
     metric: str | None = None
     """The metric of `published`, for example `test/bits_per_character`."""
+    rows: dict[str, float] = field(default_factory=dict)
+    """The published numbers of a column of a table, where `published` is that of row `key`."""
+    key: str | None = None
+    """A key of `rows`."""
     row: str | None = None
     """What it is called there."""
+    changes: list[str] = field(default_factory=list)
+    """Options that were given another value; set by the pipelines."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
         check_at_least("setting.version", self.version, 1)
         check_choice("setting.source", self.source, SOURCES)
+
+    def lines(self) -> list[str]:
+        """What a user should know of it before the run; none without a setting."""
+        if self.name is None:
+            return []
+        lines = [f"  setting {self.name} (version {self.version}), from: {self.source}"]
+        if self.changes:
+            lines.append(f"  changed: {', '.join(self.changes)}")
+        if self.published is not None:
+            lines.append(f"  published for {self.row}: {self.metric} {self.published:g}")
+        return lines
 
 
 @dataclass(kw_only=True)
@@ -78,4 +95,6 @@ class PublishedConfig:
             tags["rum.experiment"] = self.setting.name
             tags["rum.experiment_version"] = str(self.setting.version)
             tags["rum.source"] = self.setting.source
+            if self.setting.changes:
+                tags["rum.experiment_changes"] = ", ".join(self.setting.changes)
         return tags

@@ -61,7 +61,8 @@ class TrainConfig(ExperimentConfig, PublishedConfig):
         """The run's folder."""
         name = f"{task_slug(task, self.task.name)}-{self.model.name}"
         if self.setting.name is not None:
-            name = f"{self.setting.name.replace('/', '-')}-{self.profile.name}"
+            setting = self.setting.name.replace("/", "-")
+            name = f"{setting}-{task_slug(task, self.task.name)}-{self.profile.name}"
         name = self.name or name
         return Path(self.output_dir).absolute() / "runs" / name
 
@@ -154,13 +155,11 @@ def _introduce(
 ) -> None:
     """Says what is trained, and what its results will be compared with."""
     write(f"{folder}: {parameter_count(config.model, task):,} parameters, {task.protocol}")
+    write(f"  data: {task.corpus} ({task.source})")
     for name, value in task.baselines().items():
         write(f"  {name} baseline: {value:.4f} {task.metric}")
-    setting = config.setting
-    if setting.name is not None:
-        write(f"  setting {setting.name} (version {setting.version}), from: {setting.source}")
-    if setting.published is not None:
-        write(f"  published for {setting.row}: {setting.metric} {setting.published:g}")
+    for line in config.setting.lines():
+        write(line)
 
 
 class _ProgressLine:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from rum.parameters import flatten
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -27,6 +29,10 @@ def benchmark() -> ModuleType:
 def recorded(name: str) -> list[dict[str, Any]]:
     runs: list[dict[str, Any]] = json.loads((ROOT / "results" / "learning.json").read_text())[name]
     assert {run["seed"] for run in runs} == {0, 1, 2}
+    experiment = benchmark().EXPERIMENTS[name][0]
+    for run in runs:  # a curve of other options proves nothing
+        experiment.training.seed = run["seed"]
+        assert run["experiment"] == json.loads(json.dumps(flatten(experiment)))
     return runs
 
 

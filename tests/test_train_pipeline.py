@@ -393,3 +393,26 @@ def test_a_dry_run_says_size_and_baselines_and_writes_nothing(tmp_path: Path) ->
     assert "memoryless baseline: 0.1000 accuracy" in done.stdout
     assert "published for RUM, T = 30: validation/accuracy 1" in done.stdout
     assert everything_below(tmp_path) == []
+
+
+def test_a_setting_says_what_was_changed_and_rows_have_folders_of_their_own(
+    tmp_path: Path,
+) -> None:
+    done = pipeline(
+        tmp_path,
+        "experiment=figure2/rum_200",
+        "profile.rmsprop=rmsprop",
+        "task.delay=20",
+        "training.seed=4",
+        "dry_run=true",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "figure2-rum_200-copying-T20-reference" in done.stdout
+    assert "changed: task.delay=20 (200)\n" in done.stdout  # a seed and a profile are no change
+
+
+@pytest.mark.parametrize("profile", ["profile=paper", "profile.rum_dropout=0.3"])
+def test_a_profile_that_nothing_refers_to_is_refused(profile: str, tmp_path: Path) -> None:
+    done = pipeline(tmp_path, "task=copying", profile, "dry_run=true")
+    assert done.returncode == 1
+    assert f"error: {profile} changes nothing here" in done.stderr

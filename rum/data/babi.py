@@ -113,8 +113,12 @@ def load_subtasks(
         listed = "\n".join(f"  {path}" for path in absent)
         raise DataError(
             f"bAbI is in {folder}, but these files are absent:\n{listed}\n"
-            f"They are members of {ARCHIVE.url}. A joint run goes on without their subtasks with "
-            "task.missing=skip"
+            f"They are members of {ARCHIVE.url}."
+            + (
+                " A joint run goes on without them with task.missing=skip"
+                if len(numbers) > 1
+                else ""
+            )
         )
     there = [
         number

@@ -60,8 +60,9 @@ def load_corpus(name: str, data_dir: Path | None = None) -> Corpus:
         name: One of
             "ptb", Penn Treebank as the raw bytes of Mikolov's word-level files, each line with a
             blank before and after it (50 symbols; paper and released code);
-            "ptb_char", the same without those two blanks, the text of Mikolov's `ptb.char` files:
-            the same code length is 1 / 0.983 times as many bits per character there;
+            "ptb_char", the same without those two blanks, the text of Mikolov's `ptb.char` files
+            (but for one last character): the same code length is 1 / 0.983 times as many bits per
+            character there;
             "enwik8", "text8": if their file is there, never downloaded;
             "pydoc", the English reference text inside every CPython: no download, but it differs
             between Python releases: never quote a result on it as a benchmark;

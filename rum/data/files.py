@@ -22,8 +22,14 @@ class RemoteFile:
 
 
 def data_roots(data_dir: Path | None) -> list[Path]:
-    """Where files that the user has are looked for, in order."""
+    """Where files that the user has are looked for, in order.
+
+    Raises:
+        DataError: If `data_dir` is no folder.
+    """
     roots = [data_dir] if data_dir else []
+    if data_dir is not None and not data_dir.expanduser().is_dir():
+        raise DataError(f"data_dir must be a folder, got {data_dir}")
     if os.environ.get("RUM_DATA_DIR"):
         roots.append(Path(os.environ["RUM_DATA_DIR"]))
     return [root.expanduser() for root in roots]

@@ -7,6 +7,7 @@ missing, `rum.kernels.fused` serves.
 
 import ctypes
 import sysconfig
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rum.kernels.memory import CHECKPOINT_INTERVAL, initial_skew
 from rum.kernels.step import ACTIVATIONS, RecurrenceOptions
 
 LARGEST_SIZE = 16384
+_INTERFACE = 2  # INTERFACE in rum_cpu.c
 _ROW_BUFFERS = 14  # rows of scratch for each thread, as in rum_cpu.c
 _PANEL_WIDTH = 16  # WIDTH there
 _ONEDNN_LINEAR = "_linear_pointwise"  # what TorchInductor calls; not in every build of torch
@@ -48,12 +50,19 @@ class _Options(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The compiled library, None where it was not built."""
+    """The compiled library, None where it was not built, or (with a warning) is out of date."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     path = Path(__file__).with_name(f"_rum_cpu{suffix}")
     if not path.is_file():
         return None
     loaded = ctypes.CDLL(str(path))
+    if not hasattr(loaded, "rum_interface") or loaded.rum_interface() != _INTERFACE:
+        warnings.warn(
+            f"{path} was built from another version of rum_cpu.c: the slower 'fused' backend "
+            "serves until the package is installed again (pip install -e .)",
+            stacklevel=2,
+        )
+        return None
     for name, pointers in (("rum_forward", 8), ("rum_backward", 14)):
         function = getattr(loaded, name)
         function.restype = None

@@ -52,7 +52,8 @@ class BabiTask(Task):
     a story is padded to the longest of its own subtask; questions to the longest of all. All have
     equally many questions: the accuracy over all is the mean over subtasks.
 
-    Loss: mean cross-entropy in nats. Metric `accuracy`: share of questions answered right.
+    Loss: mean cross-entropy in nats. Metric `accuracy`: share of questions answered right; of a
+    joint model also of each subtask, `accuracy_qa1` and so on.
 
     Source: paper section 4.3 and RUM-Tensorflow/babi_task.py.
     """
@@ -77,6 +78,7 @@ class BabiTask(Task):
         questions = [question for s in subtasks for question in (*s.train, *s.test)]
         question_length = max(len(question.question) for question in questions)
         self.story = (question_length, (number[SENTENCE_END],))
+        self._parts = [f"qa{subtask.number}" if config.joint else "" for subtask in subtasks]
         self._splits: dict[str, list[_Split]] = {"train": [], "validation": [], "test": []}
         for subtask in subtasks:
             length = max(len(q.story) for q in (*subtask.train, *subtask.test))
@@ -102,9 +104,9 @@ class BabiTask(Task):
 
     def evaluation_batches(self, split: str, batch_size: int | None = None) -> Iterator[Batch]:
         """All questions of a split; the last batch of a subtask may be smaller."""
-        for part in self._splits[split]:
+        for name, part in zip(self._parts, self._splits[split], strict=True):
             for indices in torch.arange(len(part)).split(batch_size or self._config.batch_size):
-                yield _batch(part, indices)
+                yield _batch(part, indices, name)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Mean over the answers."""
@@ -157,11 +159,12 @@ def _encode(
     return _Split(sequences, answers)
 
 
-def _batch(split: _Split, indices: Tensor) -> Batch:
+def _batch(split: _Split, indices: Tensor, part: str = "") -> Batch:
     return Batch(
         split.sequences[indices].t().long().contiguous(),
         split.answers[indices].unsqueeze(0),
         carry_state=False,
+        part=part,
     )
 
 

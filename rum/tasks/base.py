@@ -22,6 +22,8 @@ class Batch:
     """`(T, B)`, or `(1, B)` where the task answers last: integers in [0, num_classes)."""
     carry_state: bool
     """Whether the state after the previous batch goes on here (else it starts afresh)."""
+    part: str = ""
+    """What an evaluation also scores apart, as `<metric>_<part>`; empty where there is no such."""
 
 
 @dataclass(frozen=True)

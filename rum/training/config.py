@@ -1,8 +1,10 @@
 """Typed options of a training run."""
 
+import re
 from dataclasses import dataclass, field
 
 from rum.checks import check_at_least, check_choice, check_positive
+from rum.errors import ConfigError
 from rum.training.schedule import ScheduleConfig
 
 OPTIMIZERS = ("adam", "rmsprop", "rmsprop_tensorflow", "sgd")
@@ -37,7 +39,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
         check_at_least("seed", self.seed, 0)
-        check_choice("device", self.device.split(":")[0], ("cpu", "cuda"))
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device must be cpu, cuda or cuda:<number>, got {self.device!r}")
         if self.threads is not None:
             check_at_least("threads", self.threads, 1)
         check_at_least("max_epochs", self.max_epochs, 1)

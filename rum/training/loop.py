@@ -40,6 +40,8 @@ class Progress:
     step: int = 0
     """Updates done."""
     reports: list[Report] = field(default_factory=list)
+    before: list[Report] = field(default_factory=list)
+    """Reports of the run that this one began from, which it does not repeat."""
     best_value: float | None = None
     """Best validation metric so far, as measured (not a running mean)."""
     best_step: int | None = None
@@ -142,7 +144,10 @@ class Trainer:
         """The selection metric of every epoch so far, negated where higher is better."""
         sign = 1.0 if self.task.mode == "min" else -1.0
         name = f"validation/{self.task.metric}"
-        return [sign * report[name] for report in self.progress.reports]
+        return [sign * report[name] for report in self._all_reports()]
+
+    def _all_reports(self) -> list[Report]:
+        return [*self.progress.before, *self.progress.reports]
 
     def _check_finite(self) -> None:
         loss, norm = self._sums.tolist()
@@ -195,7 +200,7 @@ class Trainer:
         metric = self.task.plateau_metric
         if metric is None:
             return {}
-        last = self.progress.reports[-1] if self.progress.reports else {}
+        last = (self._all_reports() or [{}])[-1]
         reached: Report = {}
         for share in PLATEAU_SHARES:
             name = f"validation/steps_to_{share:g}_{metric}"
@@ -226,6 +231,7 @@ class Trainer:
                 "best_step": progress.best_step,
                 "best_value": progress.best_value,
                 "reports": progress.reports,
+                "before": progress.before,
                 **self.description,
             },
         )
@@ -238,11 +244,11 @@ class Trainer:
         """
         description = checkpoint.description
         ours, theirs = self.description["task"], description.get("task", {})
-        for key in ("checksum", "vocabulary", "steps_per_epoch"):
+        for key in ("checksum", "vocabulary", "steps_per_epoch", "protocol"):
             if ours[key] != theirs.get(key):
                 raise CheckpointError(
-                    f"{checkpoint.path} was made with other data: {key} was "
-                    f"{_short(theirs.get(key))}, is {_short(ours[key])}"
+                    f"{checkpoint.path} was made with another {key} of the data: "
+                    f"{_short(theirs.get(key))}, now it is {_short(ours[key])}"
                 )
         for section, key in (("task", "batch_size"), ("training", "optimizer")):
             was = description.get("experiment", {}).get(section, {}).get(key)
@@ -264,6 +270,7 @@ class Trainer:
             self.progress = Progress(
                 step=description["step"],
                 reports=list(description["reports"]),
+                before=list(description["before"]),
                 best_value=description["best_value"],
                 best_step=description["best_step"],
             )
@@ -274,7 +281,7 @@ class Trainer:
 
 def _short(value: object) -> str:
     text = str(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _as_tuple(value: Any) -> Any:
@@ -296,26 +303,44 @@ def evaluate(
         batch_size: None takes the task's protocol.
 
     Returns:
-        The task's metrics, by name.
+        The task's metrics, by name; of each part of the data that the task names, its metric.
     """
     was_training = model.training
     model.eval()
-    cross_entropy = torch.zeros((), dtype=torch.float64, device=device)
-    correct = torch.zeros(2, dtype=torch.long, device=device)  # of all, of the answers
-    count = answers = 0
+    sums = {"": _Sums(device)}
     state = None
     for batch in task.evaluation_batches(split, batch_size):
         logits, state = model(batch.input.to(device), state if batch.carry_state else None)
-        target = batch.target.to(device)
+        for part in {"", batch.part}:
+            sums.setdefault(part, _Sums(device)).add(logits, batch.target.to(device), task)
+    model.train(was_training)
+    metrics = task.metrics(sums.pop("").totals())
+    for part, each in sums.items():
+        metrics[f"{task.metric}_{part}"] = task.metrics(each.totals())[task.metric]
+    return metrics
+
+
+class _Sums:
+    """Totals under way, on the device: to read them after every batch would wait for it."""
+
+    def __init__(self, device: str) -> None:
+        self._cross_entropy = torch.zeros((), dtype=torch.float64, device=device)
+        self._correct = torch.zeros(2, dtype=torch.long, device=device)  # of all, of the answers
+        self._count = self._answers = 0
+
+    def add(self, logits: Tensor, target: Tensor, task: Task) -> None:
         losses = nn.functional.cross_entropy(
             logits.flatten(0, 1), target.flatten(), reduction="sum"
         )
-        cross_entropy += losses.double()
+        self._cross_entropy += losses.double()
         hits = logits.argmax(-1) == target
         answer_hits = hits if task.answer_steps is None else hits[-task.answer_steps :]
-        correct += torch.stack((hits.sum(), answer_hits.sum()))
-        count += target.numel()
-        answers += answer_hits.numel()
-    model.train(was_training)
-    all_correct, answers_correct = correct.tolist()
-    return task.metrics(Totals(cross_entropy.item(), all_correct, count, answers_correct, answers))
+        self._correct += torch.stack((hits.sum(), answer_hits.sum()))
+        self._count += target.numel()
+        self._answers += answer_hits.numel()
+
+    def totals(self) -> Totals:
+        correct, answers_correct = self._correct.tolist()
+        return Totals(
+            self._cross_entropy.item(), correct, self._count, answers_correct, self._answers
+        )

@@ -43,7 +43,7 @@ def continue_best(config: ResumeConfig) -> str:
     names = study_names(storage)
     if config.study not in names:
         raise StudyError(
-            f"there is no study {config.study!r}{nearest(config.study, names)} "
+            f"there is no study {config.study!r}{nearest(config.study, names)}. "
             f"Studies in {output_dir}: {', '.join(names) or 'none'}"
         )
     origin_study = Study(storage, config.study, {}, SamplerConfig())

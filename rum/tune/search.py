@@ -125,6 +125,8 @@ def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> None:
     machine = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
     prediction = forecast(config, task, output_dir, _concurrent(config, machine))
     _say(f"Corpus: {task.corpus} ({task.source}); {task.protocol}")
+    for line in config.setting.lines():
+        _say(line)
     _say(str(prediction))
     if not config.dry_run:
         check_disk(prediction, config.search.disk_reserve_gigabytes)
@@ -181,7 +183,7 @@ def _study_name(config: SearchConfig, task: Task, storage: RDBStorage) -> str:
     if config.resume == "yes" and name not in existing:
         known = ", ".join(existing) or "none"
         raise StudyError(
-            f"resume=yes, but there is no study {name!r}{nearest(name, existing)} "
+            f"resume=yes, but there is no study {name!r}{nearest(name, existing)}. "
             f"Studies in {output_folder(config.output_dir)}: {known}. Give the options that it "
             "was started with, or study=..."
         )

@@ -178,6 +178,7 @@ def test_missing_and_offline_says_where_it_looked_and_what_to_do(
     offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RUM_DATA_DIR", str(tmp_path / "from_environment"))
+    (tmp_path / "from_argument").mkdir()
 
     with pytest.raises(DataError) as error:
         load_corpus("ptb", tmp_path / "from_argument")
@@ -189,6 +190,11 @@ def test_missing_and_offline_says_where_it_looked_and_what_to_do(
     assert str(tmp_path / "cache" / "rum" / "ptb") in lines
     for word in (*NAMES, "refused", "simple-examples.tgz", "data_dir", "RUM_DATA_DIR"):
         assert word in str(error.value)
+
+
+def test_a_data_dir_that_is_no_folder_is_refused(offline: None, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data_dir must be a folder, got .*/absent"):
+        load_corpus("ptb", tmp_path / "absent")
 
 
 def test_a_failed_download_leaves_no_file(offline: None, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rum.data.babi import FOLDER, Subtask, file_name, parse
 from rum.errors import ConfigError, DataError
 from rum.models import SequenceModel
 from rum.tasks import BabiConfig, BabiTask, Totals
+from rum.training.loop import evaluate
 
 TRAIN = """\
 1 Bo is in A.
@@ -81,9 +82,28 @@ def test_joint_training_takes_turns_and_pads_each_subtask_by_itself() -> None:
     words = [[task.vocabulary[i] for i in column] for column in task.training_batch(2).input.t()]
     alone = [[once.vocabulary[i] for i in column] for column in once.training_batch(1).input.t()]
     assert words == alone
-    counted = sum(b.target.numel() for b in task.evaluation_batches("validation"))
-    assert counted == 2 + 2
+    counted = [(b.part, b.target.numel()) for b in task.evaluation_batches("validation")]
+    assert counted == [("qa1", 2), ("qa2", 2)]
     assert task.corpus == "joint2-en-10k"
+
+
+def test_a_joint_model_is_also_scored_on_each_subtask() -> None:
+    """A model that always says the first subtask's answers."""
+    other = "1 Bo is in b.\n2 Where is Bo?\tb\n"
+    task = BabiTask(
+        BabiConfig(batch_size=3, joint=True), [subtask(1), subtask(2, 20, other, other)], "here"
+    )
+    answers = next(task.evaluation_batches("test")).target
+
+    class Constant(torch.nn.Module):
+        def forward(self, symbols: torch.Tensor, state: None) -> tuple[torch.Tensor, tuple[()]]:
+            answer = torch.full((1, symbols.shape[1]), int(answers[0, 0]))
+            return torch.nn.functional.one_hot(answer, task.num_classes).float(), ()
+
+    metrics = evaluate(Constant(), task, "test", "cpu")
+    first, second = metrics["accuracy_qa1"], metrics["accuracy_qa2"]
+    assert (first > 0, second) == (True, 0.0)
+    assert metrics["accuracy"] == pytest.approx((first + second) / 2)
 
 
 def test_loss_metrics_and_baseline() -> None:

@@ -263,6 +263,42 @@ def test_a_run_that_begins_from_another_keeps_its_training_state(tmp_path: Path)
     assert values == [report["validation/cross_entropy"] for report in whole_reports[2:]]
 
 
+def test_a_run_that_begins_from_another_keeps_its_plateaus(tmp_path: Path) -> None:
+    task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5)
+    options: dict[str, Any] = {
+        "learning_rate": 0.6,
+        "max_grad_norm": None,
+        "schedule": ScheduleConfig(name="plateau", patience=1, drop_factor=0.5),
+    }
+    train(MODELS["rum"], task, tmp_path / "whole", max_epochs=8, **options)
+    train(MODELS["rum"], task, tmp_path / "origin", max_epochs=4, **options)
+    origin = CheckpointStore(tmp_path / "origin").last()
+    training = TrainingConfig(max_epochs=8, threads=1, seed=3, **options)
+    config = ExperimentConfig(model=MODELS["rum"], task=task, training=training)
+    reports: list[Report] = []
+
+    def stop(step: int, total: int) -> None:
+        if len(reports) == 2:
+            raise InterruptedRunError
+
+    with pytest.raises(InterruptedRunError):
+        run_experiment(
+            config,
+            loaded(task),
+            tmp_path / "new",
+            reports.append,
+            on_step=stop,
+            begin_from=origin,
+        )
+    run_experiment(config, loaded(task), tmp_path / "new", lambda _: None)  # keeps them as well
+
+    def rates(folder: str) -> list[float]:
+        return [report["train/learning_rate"] for report in outcome(tmp_path / folder)[0]]
+
+    assert rates("whole")[4] < 0.6  # else this shows nothing
+    assert rates("new") == rates("whole")[4:]
+
+
 def test_best_checkpoint_is_that_of_the_best_measured_value(tmp_path: Path) -> None:
     task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5)
     train(MODELS["rum"], task, tmp_path, max_epochs=6, learning_rate=0.6, max_grad_norm=None)
@@ -327,7 +363,7 @@ def test_a_run_cannot_begin_from_another_model(tmp_path: Path) -> None:
     other = RUMConfig(hidden_size=8, num_layers=2, layer_norm=True, eta=2.0)  # the same weights
     config = ExperimentConfig(model=other, task=task, training=TrainingConfig(threads=1))
 
-    with pytest.raises(CheckpointError, match="of model"):
+    with pytest.raises(CheckpointError, match=r"of another model: .*expected"):
         run_experiment(config, loaded(task), tmp_path / "new", lambda _: None, begin_from=origin)
     assert not (tmp_path / "new").exists()
 
@@ -353,14 +389,19 @@ def test_another_batch_size_is_refused(text: str, tmp_path: Path) -> None:
 def test_another_model_or_other_data_are_refused(text: str, tmp_path: Path) -> None:
     train(MODELS["rum"], CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5), tmp_path)
 
-    with pytest.raises(CheckpointError, match="of model"):
+    with pytest.raises(CheckpointError, match=r"of another model: .*expected"):
         train(MODELS["lstm"], CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5), tmp_path)
-    with pytest.raises(CheckpointError, match="other data: checksum"):
+    with pytest.raises(CheckpointError, match="another checksum of the data"):
         train(MODELS["rum"], CopyingConfig(delay=4, batch_size=4, steps_per_epoch=5), tmp_path)
-    with pytest.raises(CheckpointError, match="other data"):
+    with pytest.raises(CheckpointError, match="another checksum"):
         train(MODELS["rum"], language_task(text), tmp_path)
-    with pytest.raises(CheckpointError, match="steps_per_epoch was 5, is 6"):
+    with pytest.raises(
+        CheckpointError, match="another steps_per_epoch of the data: 5, now it is 6"
+    ):
         train(MODELS["rum"], CopyingConfig(delay=3, batch_size=4, steps_per_epoch=6), tmp_path)
+    other = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5, evaluation_batches=2)
+    with pytest.raises(CheckpointError, match="another protocol"):  # best values do not compare
+        train(MODELS["rum"], other, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_training_with_a_reason(tmp_path: Path) -> None:
