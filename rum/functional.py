@@ -189,7 +189,9 @@ def time_normalize(hidden: Tensor, eta: float, *, eps: float = SQUARED_NORM_FLOO
     Args:
         hidden: `(..., N)`.
         eta: The norm, > 0.
-        eps: Floor on the squared norm; a zero state stays zero.
+        eps: Floor on the squared norm; a zero state stays zero. As released, the derivative there
+            is eta / sqrt(eps): a sample whose state is zero for many steps (all units of a small
+            layer off) multiplies gradients by 1e6 eta at each of them.
 
     Returns:
         `(..., N)`.

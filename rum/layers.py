@@ -122,7 +122,7 @@ class RecurrentLayer(nn.Module):
             if index:
                 output = nn.functional.dropout(output, self.dropout, self.training)
             before = None if state is None else tuple(tensor[index] for tensor in state)
-            if lengths is None:
+            if lengths is None or not lengths.numel():
                 output, after = cell.unroll(output, before)
             else:
                 output, after = _unroll_ragged(cell, output, before, lengths.tolist())
@@ -148,7 +148,10 @@ def _packed_like(
 
 def _check_lengths(lengths: Tensor, input: Tensor) -> None:
     steps, batch_size, _ = input.shape
-    fits = lengths.shape == (batch_size,) and not lengths.is_floating_point()
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
+    whole = not (lengths.is_floating_point() or lengths.dtype == torch.bool)
+    fits = lengths.shape == (batch_size,) and whole
     if not fits or (lengths.numel() and not (0 <= lengths.min() and lengths.max() <= steps)):
         raise ValueError(
             f"lengths must be {batch_size} integers in [0, {steps}], got {lengths.tolist()}"
@@ -167,7 +170,7 @@ def _unroll_ragged(
     rows = torch.tensor(order, device=input.device)
     running = state
     if running is None:
-        running = cell.initial_state(len(order), device=input.device, dtype=input.dtype)
+        running = cell.begin(input, None)
     running = tuple(tensor[rows] for tensor in running)
     input = input[:, rows]
     pieces = []
@@ -215,6 +218,7 @@ class _Stack(RecurrentLayer):
             dropout: Probability of zeroing an output between layers, in [0, 1).
             **cell: Options of the cell, and `device` and `dtype` of the parameters.
         """
+        check_at_least("input_size", input_size, 1)
         check_at_least("num_layers", num_layers, 1)
         sizes = [input_size] + [hidden_size] * (num_layers - 1)
         cells = [type(self).cell_type(size, hidden_size, **cell) for size in sizes]
@@ -225,7 +229,8 @@ class RUM(_Stack):
     """A multi-layer Rotational Unit of Memory; see `rum.cells.RUMCell` for equations and options.
 
     State: `(h,)` with h `(num_layers, B, hidden_size)`; unless `lambda_` is 0 `(h, R)` with R
-    `(num_layers, B, hidden_size, hidden_size)`.
+    `(num_layers, B, hidden_size, hidden_size)`, orthogonal: it begins as the identity, and zeros
+    would stay zeros.
     """
 
     cell_type = RUMCell

@@ -84,6 +84,11 @@ class MemoryNetwork(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Answers; see the class for shapes."""
         split = len(symbols) - self.story.question_length
+        if split < 0:
+            raise ValueError(
+                f"symbols must hold a question of {self.story.question_length}, got shape "
+                f"{tuple(symbols.shape)}"
+            )
         story, question = symbols[:split], symbols[split:]
         sentences = _sentences(story, self.story.sentence_ends)
         slots, num_slots = self._slots(sentences)

@@ -144,6 +144,22 @@ def test_lengths_that_do_not_fit_are_refused(lengths: list[float]) -> None:
         build("rum")(draw(STEPS, 3, INPUT_SIZE), lengths=torch.tensor(lengths))
 
 
+def test_lengths_are_integers_in_a_tensor() -> None:
+    with pytest.raises(ValueError, match="must be 3 integers"):
+        build("rum")(draw(STEPS, 3, INPUT_SIZE), lengths=torch.tensor([True, True, False]))
+    with pytest.raises(TypeError, match="lengths must be a tensor, got list"):
+        build("rum")(draw(STEPS, 3, INPUT_SIZE), lengths=[1, 2, 3])
+
+
+@every_layer
+def test_an_empty_batch_has_lengths_too(name: str) -> None:
+    output, state = build(name)(
+        draw(STEPS, 0, INPUT_SIZE), lengths=torch.zeros(0, dtype=torch.long)
+    )
+    assert output.shape[:2] == (STEPS, 0)
+    assert all(tensor.shape[1] == 0 for tensor in state)
+
+
 def test_lengths_need_a_batch_and_no_packing() -> None:
     with pytest.raises(ValueError, match="belong to a batch"):
         build("rum")(draw(STEPS, INPUT_SIZE), lengths=torch.tensor([2]))

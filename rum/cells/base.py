@@ -70,7 +70,7 @@ class Cell(nn.Module, ABC):
             Outputs `(T, B, hidden_size)` and the state after the last step.
         """
         length, batch_size, _ = input.shape
-        state = self._begin(input, state)
+        state = self.begin(input, state)
         noise = self.sample_noise(length, batch_size)
         projected = self.project(input)
         outputs = []
@@ -83,23 +83,39 @@ class Cell(nn.Module, ABC):
 
     def forward(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Runs one step: input `(B, input_size)`, output `(B, hidden_size)`."""
-        state = self._begin(input, state)
+        state = self.begin(input, state)
         noise = noise_at(self.sample_noise(1, input.shape[0]), 0)
         return self.step(self.project(input), state, noise)
 
-    def _begin(self, input: Tensor, state: State | None) -> State:
+    def begin(self, input: Tensor, state: State | None) -> State:
+        """Checks input `(..., B, input_size)` and state; returns the state, None as the initial.
+
+        Raises:
+            ValueError: If a shape does not fit, or outside of autocast a dtype.
+        """
         if input.shape[-1] != self.input_size:
             raise ValueError(
                 f"input must have {self.input_size} features, got shape {tuple(input.shape)}"
             )
-        initial = self.initial_state(input.shape[-2], device=input.device, dtype=input.dtype)
-        if state is None:
-            return initial
-        expected = [tuple(tensor.shape) for tensor in initial]
-        got = [tuple(tensor.shape) for tensor in state]
-        if expected != got:
-            raise ValueError(f"state must be tensors of shapes {expected}, got {got}")
-        return state
+        weights = next(self.parameters()).dtype
+        # Under autocast the input may be in half precision, the state is not.
+        dtype = torch.promote_types(input.dtype, weights)
+        initial = self.initial_state(input.shape[-2], device=input.device, dtype=dtype)
+        if state is not None:
+            expected = [tuple(tensor.shape) for tensor in initial]
+            got = [tuple(tensor.shape) for tensor in state]
+            if expected != got:
+                raise ValueError(f"state must be tensors of shapes {expected}, got {got}")
+        given = [input.dtype] if state is None else [input.dtype, state[0].dtype]
+        if any(each != weights for each in given) and not _is_autocast(input.device.type):
+            raise ValueError(
+                f"input and state must have the dtype of the weights, {weights}, got {given}"
+            )
+        return initial if state is None else state
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def noise_at(noise: Noise, t: int) -> Noise:

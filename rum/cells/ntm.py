@@ -12,7 +12,7 @@ from rum.cells.lstm import LSTMCell
 from rum.checks import check_at_least
 
 INITIAL_MEMORY = 0.01  # what every entry of the memory begins with
-WEIGHT_FLOOR = 1e-8  # under the power of the sharpening, whose derivative knows no zero
+WEIGHT_FLOOR = 1e-8  # under the logarithm of the sharpening
 
 
 class NTMCell(Cell):
@@ -120,8 +120,8 @@ def _address(memory: Tensor, weight: Tensor, head: tuple[Tensor, ...]) -> Tensor
     farthest = shares.shape[-1] // 2
     by_each = [gated.roll(by, -1) for by in range(-farthest, farthest + 1)]
     moved = (shares.unsqueeze(-2) * torch.stack(by_each, -1)).sum(-1)
-    sharp = (moved + WEIGHT_FLOOR) ** (1 + F.softplus(sharpness))
-    return sharp / sharp.sum(-1, keepdim=True)
+    # The quotient of powers, in logarithms: powers of small weights underflow.
+    return torch.softmax((1 + F.softplus(sharpness)) * torch.log(moved + WEIGHT_FLOOR), -1)
 
 
 @dataclass(kw_only=True)

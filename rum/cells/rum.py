@@ -118,7 +118,8 @@ class RUMCell(Cell):
                 function for a whole sequence; lambda = 0, or lambda = 1 without a gradient for
                 an initial memory), "cpu" (the same, compiled C in float32, if a compiler was there
                 when the package was installed) or "auto": the fastest that can serve the request,
-                with the same results up to rounding.
+                with the same results up to rounding. Derivatives of derivatives and the transforms
+                of `torch.func` need "reference".
         """
         super().__init__()
         RUMCellConfig(  # checks the options
@@ -194,7 +195,10 @@ class RUMCell(Cell):
         hidden = torch.zeros(batch_size, self.hidden_size, device=device, dtype=dtype)
         if self.lambda_ == 0:
             return (hidden,)
-        identity = torch.eye(self.hidden_size, device=device, dtype=dtype)
+        full = torch.promote_types(
+            dtype, torch.float32
+        )  # half precision would not stay orthogonal
+        identity = torch.eye(self.hidden_size, device=device, dtype=full)
         return hidden, identity.expand(batch_size, -1, -1)
 
     def sample_noise(self, length: int, batch_size: int) -> Noise:
@@ -231,7 +235,8 @@ class RUMCell(Cell):
         else:
             accumulated = accumulate_rotation(self._power(state[1]), embedded, target)
             with torch.autocast(hidden.device.type, enabled=False):
-                turned = (accumulated @ hidden.unsqueeze(-1)).squeeze(-1)
+                vector = hidden.to(accumulated.dtype).unsqueeze(-1)
+                turned = (accumulated @ vector).squeeze(-1).to(hidden.dtype)
             memory = (accumulated,)
 
         candidate = embedded + turned
@@ -261,7 +266,7 @@ class RUMCell(Cell):
 
     def unroll(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Runs a sequence on the backend in force; see `Cell.unroll`."""
-        state = self._begin(input, state)
+        state = self.begin(input, state)
         backend = self._choose_backend(input, state)
         if backend == "reference":
             return super().unroll(input, state)
@@ -318,9 +323,7 @@ class RUMCell(Cell):
         if self.observer is not None:
             return "reference"  # the only one that computes what is observed
         if backend == "auto":
-            # Half precision stays on the reference, which does norms and rotation in float32.
-            full = self.weight_hh.dtype in (torch.float32, torch.float64)
-            backend = "fused" if full and self._unserved(state) is None else "reference"
+            backend = "fused" if self._unserved(state) is None else "reference"
             if backend == "fused" and self._unserved_by_cpu() is None:
                 backend = "cpu"
         elif backend != "reference" and (reason := self._unserved(state)) is not None:
@@ -340,6 +343,9 @@ class RUMCell(Cell):
         """Why neither "fused" nor "cpu" can serve a call; None where they can."""
         if self.lambda_ not in (0, 1) or self.lambda_trainable:
             return "serves a fixed lambda_ of 0 or 1"
+        if self.weight_hh.dtype not in (torch.float32, torch.float64):
+            # the reference does norms and rotation of half precision in float32
+            return f"computes in float32 or float64, got weights in {self.weight_hh.dtype}"
         if len(state) == 2 and torch.is_grad_enabled() and state[1].requires_grad:
             return "gives no gradient to an initial associative memory"
         return None

@@ -50,16 +50,23 @@ class _Options(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The compiled library, None where it was not built, or (with a warning) is out of date."""
+    """The compiled library, None where it was not built, or (with a warning) does not fit."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     path = Path(__file__).with_name(f"_rum_cpu{suffix}")
     if not path.is_file():
         return None
-    loaded = ctypes.CDLL(str(path))
-    if not hasattr(loaded, "rum_interface") or loaded.rum_interface() != _INTERFACE:
+    reason = ""
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        reason = f"cannot be loaded ({error})"
+    else:
+        if not hasattr(loaded, "rum_interface") or loaded.rum_interface() != _INTERFACE:
+            reason = "was built from another version of rum_cpu.c"
+    if reason:
         warnings.warn(
-            f"{path} was built from another version of rum_cpu.c: the slower 'fused' backend "
-            "serves until the package is installed again (pip install -e .)",
+            f"{path} {reason}: the slower backend 'fused' serves until the package is installed "
+            "again (pip install -e .)",
             stacklevel=2,
         )
         return None
@@ -83,7 +90,9 @@ def unserved(size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     if size > LARGEST_SIZE:
         return f"takes hidden sizes up to {LARGEST_SIZE}, got {size}"
     if library() is None:
-        return "was not built: there was no C compiler when the package was installed"
+        return (
+            "is not there: the package was installed without a C compiler, or it cannot be loaded"
+        )
     return None
 
 

@@ -103,7 +103,7 @@ INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 INLINE float activate(int32_t kind, float x)
 {
-    if (kind == RELU) return x > 0.0f ? x : 0.0f;
+    if (kind == RELU) return x <= 0.0f ? 0.0f : x; /* NaN goes through */
     if (kind == TANH) return 1.0f - 2.0f / (1.0f + exponential(2.0f * x));
     if (kind == SIGMOID) return sigmoid(x);
     return x / (1.0f + fabsf(x));
@@ -112,7 +112,7 @@ INLINE float activate(int32_t kind, float x)
 /* derivative from the activation's own value */
 INLINE float slope(int32_t kind, float y)
 {
-    if (kind == RELU) return y > 0.0f ? 1.0f : 0.0f;
+    if (kind == RELU) return y <= 0.0f ? 0.0f : 1.0f;
     if (kind == TANH) return 1.0f - y * y;
     if (kind == SIGMOID) return y * (1.0f - y);
     float d = 1.0f - fabsf(y);

@@ -144,7 +144,12 @@ def test_shapes_and_dtype_are_kept(name: str, options: dict[str, Any], dtype: to
 
     assert output.shape == (5, 4, cell.hidden_size)
     assert [tensor.shape for tensor in state] == [tensor.shape for tensor in initial]
-    assert {tensor.dtype for tensor in (output, *state, *initial)} == {dtype}
+    for before, after in zip(initial, state, strict=True):
+        # an associative memory would not stay orthogonal in half precision
+        is_memory = before.dim() == 3 and "rum" in name
+        expected = torch.promote_types(dtype, torch.float32) if is_memory else dtype
+        assert before.dtype == after.dtype == expected
+    assert output.dtype == dtype
     assert all(tensor.isfinite().all() for tensor in (output, *state))
 
 

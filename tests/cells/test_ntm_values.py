@@ -178,3 +178,17 @@ def test_what_was_written_is_found_by_its_content() -> None:
 def test_what_cannot_work_is_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         NTMCell(2, 3, **options)
+
+
+def test_sharpening_of_many_equal_weights_neither_vanishes_nor_overflows() -> None:
+    """Powers of 1/128 underflow; their quotient does not."""
+    cell = NTMCell(INPUT_SIZE, SIZE, memory_size=128, memory_width=2)
+    with torch.no_grad():
+        cell.heads.weight.zero_()
+        cell.heads.bias.zero_()
+        cell.heads.bias[2 + 1] = 30.0  # the read head's gate: by content, where all are equal
+        cell.heads.bias[2 + 2 + 3] = 40.0  # and its sharpening
+    output, state = cell.unroll(inputs().float())
+    gradients = torch.autograd.grad(output.sum(), tuple(cell.parameters()), allow_unused=True)
+    torch.testing.assert_close(state[4], torch.full((BATCH, 128), 1 / 128), rtol=1e-4, atol=0)
+    assert all(g is None or g.isfinite().all() for g in gradients)

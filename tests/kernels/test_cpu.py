@@ -1,7 +1,9 @@
 """The compiled kernel against the step-by-step reference in float64."""
 
 import math
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -248,6 +250,38 @@ def test_the_same_number_of_threads_gives_the_same_bits(threads: int) -> None:
 
 
 @built
+@pytest.mark.parametrize("lambda_", [0, 1])
+@pytest.mark.parametrize("name", ["weight_ih", "weight_hh", "embedding_bias"])
+def test_what_is_not_a_number_is_not_hidden(name: str, lambda_: int) -> None:
+    """A ReLU that asks whether its input is positive would make a zero of it."""
+    ours, exact = pair(9, lambda_=lambda_)
+    for cell in (ours, exact):
+        with torch.no_grad():
+            getattr(cell, name).view(-1)[-1] = math.nan
+        cell.requires_grad_(False)
+    input = draw(STEPS, BATCH, INPUT_SIZE)
+    (got, _), (expected, _) = ours.unroll(input.float()), exact.unroll(input)
+    assert expected.isnan().any()
+    assert torch.equal(got.isnan(), expected.isnan())
+
+
+@built
+def test_a_library_of_another_version_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_INTERFACE", -1)
+    with pytest.warns(UserWarning, match=r"was built from another version of rum_cpu\.c"):
+        assert cpu.library.__wrapped__() is None
+
+
+def test_a_library_that_does_not_load_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cpu, "__file__", str(tmp_path / "cpu.py"))
+    (tmp_path / f"_rum_cpu{sysconfig.get_config_var('EXT_SUFFIX')}").write_text("no library")
+    with pytest.warns(UserWarning, match="cannot be loaded"):
+        assert cpu.library.__wrapped__() is None
+
+
+@built
 def test_flush_to_zero_stays_off() -> None:
     """A library built with -ffast-math would set it for the whole thread when it is loaded."""
     ours, _ = pair(3)
@@ -305,5 +339,7 @@ def test_without_a_build_fused_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert outputs.grad_fn is not None
     assert "_FusedRecurrence" in outputs.grad_fn.name()
     cell.backend = "cpu"
-    with pytest.raises(ConfigError, match="was not built: there was no C compiler"):
+    with pytest.raises(
+        ConfigError, match="is not there: the package was installed without a C compiler"
+    ):
         cell.unroll(torch.randn(2, 2, INPUT_SIZE))

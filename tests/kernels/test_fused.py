@@ -313,6 +313,37 @@ def test_second_derivative_of_the_reference_backend_is_right() -> None:
     assert torch.autograd.gradgradcheck(lambda x, h: cell.unroll(x, (h,))[0], leaves)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_for_the_reference(dtype: torch.dtype) -> None:
+    cell = RUMCell(INPUT_SIZE, SIZE, backend="fused", dtype=dtype)
+    with pytest.raises(ConfigError, match="computes in float32 or float64, got weights in torch"):
+        cell.unroll(torch.zeros(2, 1, INPUT_SIZE, dtype=dtype))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "fused"])
+def test_another_dtype_than_that_of_the_weights_is_refused(backend: str) -> None:
+    cell = RUMCell(INPUT_SIZE, SIZE, backend=backend)
+    for dtype in (torch.float64, torch.bfloat16, torch.long):
+        with pytest.raises(
+            ValueError, match=r"must have the dtype of the weights, torch\.float32"
+        ):
+            cell.unroll(torch.zeros(2, 1, INPUT_SIZE, dtype=dtype))
+
+
+@pytest.mark.parametrize("lambda_", [0.5, 1.0])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_memory_stays_orthogonal_under_autocast_of_half_precision_inputs(
+    backend: str, lambda_: float
+) -> None:
+    torch.manual_seed(0)
+    cell = RUMCell(INPUT_SIZE, SIZE, lambda_=lambda_, backend=backend)
+    input = torch.randn(200, 3, INPUT_SIZE).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, (hidden, memory) = cell.unroll(input)
+    assert hidden.dtype == memory.dtype == torch.float32
+    assert (memory.mT @ memory - torch.eye(SIZE)).abs().max() < 2e-5
+
+
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"backend must be one of .*'fused'.*got 'cuda'"):
         RUMCell(INPUT_SIZE, SIZE, backend="cuda")
