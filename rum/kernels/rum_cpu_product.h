@@ -18,18 +18,42 @@ INLINE TARGET void TILE(
     const float *add, float *out, int64_t stride_out, int64_t columns)
 {
     enum { PARTS = 4 * WIDTH / VECTOR_BYTES };
-    VECTOR sum[ROWS][PARTS];
+    /* An addition waits for the one before it in the same sum: few rows have several sums each. */
+    const int sums = rows * PARTS <= 2 ? 4 : (rows * PARTS <= 4 ? 2 : 1);
+    VECTOR sum[ROWS][PARTS], more[3][ROWS][PARTS];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int p = 0; p < PARTS; p++) sum[r][p] = (VECTOR){0};
-    for (int64_t k = 0; k < depth; k++) {
+        for (int p = 0; p < PARTS; p++) {
+            sum[r][p] = (VECTOR){0};
+#pragma GCC unroll 4
+            for (int s = 1; s < sums; s++) more[s - 1][r][p] = (VECTOR){0};
+        }
+    int64_t k = 0;
+    for (; k + sums <= depth; k += sums) {
         const VECTOR *b = (const VECTOR *)(panel + WIDTH * k);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-            for (int p = 0; p < PARTS; p++) sum[r][p] += a[r * stride_a + k] * b[p];
+            for (int p = 0; p < PARTS; p++) {
+                sum[r][p] += a[r * stride_a + k] * b[p];
+#pragma GCC unroll 4
+                for (int s = 1; s < sums; s++)
+                    more[s - 1][r][p] += a[r * stride_a + k + s] * b[s * PARTS + p];
+            }
     }
+    for (; k < depth; k++)
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+            for (int p = 0; p < PARTS; p++)
+                sum[r][p] += a[r * stride_a + k] * ((const VECTOR *)(panel + WIDTH * k))[p];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; p++)
+#pragma GCC unroll 4
+            for (int s = 1; s < sums; s++) sum[r][p] += more[s - 1][r][p];
     if (columns == WIDTH) {
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)
