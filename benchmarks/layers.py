@@ -10,6 +10,7 @@ import copy
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -127,6 +128,28 @@ def with_memory(size: int, batch: int, steps: int) -> dict[str, float]:
     return result
 
 
+def peak_gigabytes(backend: str) -> dict[str, float]:
+    """What a training pass over copying with T = 1000 adds to the peak memory of a process."""
+    script = f"""
+import re, time, torch
+from rum.cells import RUMCell
+torch.set_num_threads({torch.get_num_threads()})
+cell = RUMCell(10, 100, lambda_=1, backend={backend!r})
+input = torch.randn(1020, 128, 10)
+def peak():  # of this program alone: getrusage also remembers the one that started it
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+cell.unroll(input[:3])[0].sum().backward()
+before, began = peak(), time.perf_counter()
+cell.unroll(input)[0].sum().backward()
+print((peak() - before) / 1e6, 1000 * (time.perf_counter() - began))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    gigabytes, milliseconds = map(float, done.stdout.split())
+    return {"gigabytes": gigabytes, backend: milliseconds}
+
+
 def processor() -> str:
     """Its name."""
     info = Path("/proc/cpuinfo")
@@ -158,6 +181,12 @@ def main() -> None:
             f"lambda 1, N {size:>3} B {batch:>3} T {steps:>3}: {fastest:8.1f} ms; ratio to fused "
             f"{fastest / row['fused']:.2f}, reference {fastest / row['reference']:.2f}; "
             f"error {row['error']:.0e}"
+        )
+    for backend in ("fused", *(["cpu"] if library() else [])):
+        row = table[f"lambda 1, N 100, B 128, T 1020, {backend}"] = peak_gigabytes(backend)
+        print(
+            f"lambda 1, N 100 B 128 T 1020, {backend}: {row[backend]:.0f} ms, "
+            f"{row['gigabytes']:.2f} GB more at the peak"
         )
     RESULTS.parent.mkdir(exist_ok=True)
     about = {"threads": threads, "torch": torch.__version__, "machine": processor()}

@@ -281,9 +281,9 @@ def test_a_dead_cluster_is_named_before_the_search_begins(outcomes: Outcomes) ->
 
 
 def test_continuing_a_study_that_is_not_there_is_refused(outcomes: Outcomes) -> None:
-    error = outcomes["continue nothing"].error
-    assert "there is no study 'mine'" in error
-    assert re.search(r"Studies in .*/outputs: none", error)
+    outcome = outcomes["continue nothing"]
+    assert re.search(r"there is no study 'mine': .*/outputs is no folder", outcome.error)
+    assert outcome.written == set()
 
 
 def test_evaluating_a_checkpoint_prints_both_splits(outcomes: Outcomes) -> None:

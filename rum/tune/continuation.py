@@ -39,6 +39,8 @@ def continue_best(config: ResumeConfig) -> str:
         StudyError: If there is no such study, or it has fewer trials than `top`.
     """
     output_dir = output_folder(config.output_dir)
+    if not output_dir.is_dir():
+        raise StudyError(f"there is no study {config.study!r}: {output_dir} is no folder")
     storage = open_storage(output_dir)
     names = study_names(storage)
     if config.study not in names:

@@ -20,7 +20,7 @@ from rum.cells import (
 )
 from rum.errors import CheckpointError, DivergedError, RumError
 from rum.experiment import ExperimentConfig, run_experiment
-from rum.tasks import CharacterLMConfig, CopyingConfig, Task, TaskConfig
+from rum.tasks import CharacterLMConfig, CopyingConfig, RecallConfig, Task, TaskConfig
 from rum.training.checkpoint import CheckpointStore, load_state
 from rum.training.config import ScheduleConfig, TrainingConfig
 from rum.training.loop import Report
@@ -154,6 +154,35 @@ def test_every_optimizer_and_a_schedule_resume_exactly(optimizer: str, tmp_path:
     assert_same(tmp_path / "whole", tmp_path / "parts")
     rates = [report["train/learning_rate"] for report in outcome(tmp_path / "parts")[0]]
     assert rates == pytest.approx([0.01, 0.01, 0.01, 0.0005, 0.00005, 0.00005])
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ScheduleConfig(name="plateau", patience=1, drop_factor=0.5),
+        ScheduleConfig(name="cosine", warmup_steps=4),
+    ],
+    ids=lambda schedule: schedule.name,
+)
+def test_recall_and_schedules_that_look_back_resume_exactly(
+    schedule: ScheduleConfig, tmp_path: Path
+) -> None:
+    task = RecallConfig(
+        length=4, batch_size=4, steps_per_epoch=3, train_size=20, validation_size=8, test_size=8
+    )
+    options: dict[str, Any] = {"optimizer": "sgd", "schedule": schedule, "max_epochs": 5}
+    train(MODELS["rum_memory"], task, tmp_path / "whole", **options)
+    for _ in range(3):
+        with pytest.raises(InterruptedRunError):
+            train(
+                MODELS["rum_memory"],
+                task,
+                tmp_path / "parts",
+                stop_after=4,
+                **{**options, "checkpoint_seconds": 1e-9},
+            )
+    train(MODELS["rum_memory"], task, tmp_path / "parts", **options)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
 # Says when update `argv[3]` is done (or the checkpoint after it half written), and waits.
