@@ -33,17 +33,13 @@ from rum.functional import (
     time_normalize,
     zoneout,
 )
-from rum.kernels import cpu
-from rum.kernels.fused import rum_recurrence
-from rum.kernels.memory import memory_recurrence
+from rum.kernels.sequence import BACKENDS, Request, choose, run
 from rum.kernels.step import ACTIVATIONS, RecurrenceOptions
 
 logger = logging.getLogger(__name__)
 
 LOWEST_LEAK = 1e-5
 """Smallest power between 0 and 1: below, float32 loses orthogonality at exactly opposite pairs."""
-
-BACKENDS = ("auto", "reference", "fused", "cpu")
 
 
 @dataclass(frozen=True)
@@ -132,15 +128,15 @@ class RUMCell(Cell):
             activation=activation,
         )
         check_choice("backend", backend, BACKENDS)
-        if backend in ("fused", "cpu") and (lambda_ not in (0, 1) or lambda_trainable):
-            raise ConfigError(
-                f"backend {backend!r} serves a fixed lambda_ of 0 or 1, got {lambda_}"
-                f"{' trainable' if lambda_trainable else ''}: use 'reference'"
-            )
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.lambda_ = lambda_
         self.lambda_trainable = lambda_trainable
+        if backend in ("fused", "cpu") and not self._has_fixed_power:
+            raise ConfigError(
+                f"backend {backend!r} serves a fixed lambda_ of 0 or 1, got {lambda_}"
+                f"{' trainable' if lambda_trainable else ''}: use 'reference'"
+            )
         self.orthonormalize = orthonormalize
         if lambda_ > 1:
             warnings.warn(
@@ -267,11 +263,10 @@ class RUMCell(Cell):
     def unroll(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Runs a sequence on the backend in force; see `Cell.unroll`."""
         state = self.begin(input, state)
-        backend = self._choose_backend(input, state)
+        backend = self._choose_backend(state)
         if backend == "reference":
             return super().unroll(input, state)
         noise = self.sample_noise(input.shape[0], input.shape[1])
-        size = self.hidden_size
         norms: tuple[Tensor, ...] = ()
         if self.gate_norm is not None and self.candidate_norm is not None:
             norms = (
@@ -286,69 +281,35 @@ class RUMCell(Cell):
             layer_norm_gate=self.layer_norm_gate,
             zoneout=self.zoneout,
         )
-        dtype, mask = self.weight_hh.dtype, first_mask(noise)
-        hidden, memory = state[0].to(dtype), state[1:]
-        if backend == "cpu":
-            weights = self.weight_ih, self.bias, self.embedding_bias, self.weight_hh
-            rotated = state[1].to(dtype) if memory else None
-            outputs, rotated = cpu.rum_sequence(
-                input.to(dtype), hidden, rotated, weights, norms, mask, options
-            )
-            memory = () if rotated is None else (rotated,)
-            return outputs, (outputs[-1] if len(outputs) else hidden, *memory)
-        # Two products, so that no kernel need copy its part out of a joint result.
-        gates = F.linear(input, self.weight_ih[: 2 * size], self.bias).to(dtype)
-        embedded = F.linear(input, self.weight_ih[2 * size :], self.embedding_bias).to(dtype)
-        with torch.autocast(input.device.type, enabled=False):
-            if self.lambda_ == 0:
-                outputs = rum_recurrence(
-                    gates, embedded, hidden, self.weight_hh, norms, mask, options
-                )
-            else:
-                outputs, last = memory_recurrence(
-                    gates,
-                    embedded,
-                    hidden,
-                    state[1].to(dtype),
-                    self.weight_hh,
-                    norms,
-                    mask,
-                    options,
-                )
-                memory = (last,)
-        return outputs, (outputs[-1] if len(outputs) else hidden, *memory)
+        weights = self.weight_ih, self.bias, self.embedding_bias, self.weight_hh
+        hidden, memory = state[0], state[1] if len(state) == 2 else None
+        outputs, memory = run(
+            backend, input, hidden, memory, weights, norms, first_mask(noise), options
+        )
+        last = outputs[-1] if len(outputs) else hidden
+        return outputs, (last,) if memory is None else (last, memory)
 
-    def _choose_backend(self, input: Tensor, state: State) -> str:
-        backend = self.backend
+    def _choose_backend(self, state: State) -> str:
         if self.observer is not None:
             return "reference"  # the only one that computes what is observed
-        if backend == "auto":
-            backend = "fused" if self._unserved(state) is None else "reference"
-            if backend == "fused" and self._unserved_by_cpu() is None:
-                backend = "cpu"
-        elif backend != "reference" and (reason := self._unserved(state)) is not None:
-            raise ConfigError(f"backend {backend!r} {reason}: use 'reference'")
-        elif backend == "cpu" and (reason := self._unserved_by_cpu()) is not None:
-            raise ConfigError(f"backend 'cpu' {reason}: use 'fused'")
+        weight = self.weight_hh
+        learns_memory = torch.is_grad_enabled() and any(m.requires_grad for m in state[1:])
+        request = Request(
+            size=self.hidden_size,
+            has_fixed_power=self._has_fixed_power,
+            wants_memory_gradient=learns_memory,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        backend = choose(self.backend, request)
         if backend != self._logged_backend:
             self._logged_backend = backend
-            logger.debug("RUM runs on backend %r (%s)", backend, input.device)
+            logger.debug("RUM runs on backend %r (%s)", backend, weight.device)
         return backend
 
-    def _unserved_by_cpu(self) -> str | None:
-        weight = self.weight_hh
-        return cpu.unserved(self.hidden_size, weight.dtype, weight.device)
-
-    def _unserved(self, state: State) -> str | None:
-        """Why neither "fused" nor "cpu" can serve a call; None where they can."""
-        if self.lambda_ not in (0, 1) or self.lambda_trainable:
-            return "serves a fixed lambda_ of 0 or 1"
-        if self.weight_hh.dtype not in (torch.float32, torch.float64):
-            # the reference does norms and rotation of half precision in float32
-            return f"computes in float32 or float64, got weights in {self.weight_hh.dtype}"
-        if len(state) == 2 and torch.is_grad_enabled() and state[1].requires_grad:
-            return "gives no gradient to an initial associative memory"
-        return None
+    @property
+    def _has_fixed_power(self) -> bool:
+        return self.lambda_ in (0, 1) and not self.lambda_trainable
 
     def extra_repr(self) -> str:
         """Sizes and options, for `print(model)`."""

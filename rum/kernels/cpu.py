@@ -17,7 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rum.kernels.memory import CHECKPOINT_INTERVAL, initial_skew
-from rum.kernels.step import ACTIVATIONS, RecurrenceOptions
+from rum.kernels.step import (
+    ACTIVATIONS,
+    RecurrenceOptions,
+    Weights,
+    refuse_second_derivative,
+)
 
 LARGEST_SIZE = 16384
 _INTERFACE = 2  # INTERFACE in rum_cpu.c
@@ -100,7 +105,7 @@ def rum_sequence(
     input: Tensor,
     hidden: Tensor,
     memory: Tensor | None,
-    weights: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    weights: Weights,
     norms: tuple[Tensor, ...],
     mask: Tensor | None,
     options: RecurrenceOptions,
@@ -112,8 +117,7 @@ def rum_sequence(
         hidden: `(B, N)`, the initial state.
         memory: `(B, N, N)` with lambda = 1, the initial associative memory, orthogonal; it gets
             no gradient. None with lambda = 0.
-        weights: `weight_ih (3N, input_size)`, `bias (2N,)`, `embedding_bias (N,)` or None and
-            `weight_hh (2N, N)` of the cell.
+        weights: Of the cell.
         norms: As `rum.kernels.fused.rum_recurrence`, and so `mask` and `options`.
         mask: See `norms`.
         options: See `norms`.
@@ -204,11 +208,7 @@ class _Sequence(torch.autograd.Function):
     def backward(
         ctx: Any, grad_outputs: Tensor | None, grad_memory: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True; the result would silently lack terms
-            raise RuntimeError(
-                "the compiled RUM recurrence cannot be differentiated twice: use "
-                "backend='reference'"
-            )
+        refuse_second_derivative("compiled")
         with torch.autocast("cpu", enabled=False):
             return _Sequence._gradients(ctx, grad_outputs, grad_memory)
 

@@ -19,6 +19,7 @@ from rum.kernels.step import (
     backward,
     dot,
     forward,
+    refuse_second_derivative,
     unit,
 )
 
@@ -93,10 +94,7 @@ class _FusedRecurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True; the result would silently lack terms
-            raise RuntimeError(
-                "the fused RUM recurrence cannot be differentiated twice: use backend='reference'"
-            )
+        refuse_second_derivative("fused")
         with torch.autocast(grad_outputs.device.type, enabled=False):
             return _FusedRecurrence._gradients(ctx, grad_outputs)
 

@@ -24,7 +24,15 @@ import torch
 from torch import Tensor
 
 from rum.functional import SQUARED_NORM_FLOOR
-from rum.kernels.step import RecurrenceOptions, RotationGradients, backward, dot, forward, unit
+from rum.kernels.step import (
+    RecurrenceOptions,
+    RotationGradients,
+    backward,
+    dot,
+    forward,
+    refuse_second_derivative,
+    unit,
+)
 
 CHECKPOINT_INTERVAL = 128
 
@@ -115,10 +123,7 @@ class _MemoryRecurrence(torch.autograd.Function):
     def backward(
         ctx: Any, grad_outputs: Tensor | None, grad_memory: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True; the result would silently lack terms
-            raise RuntimeError(
-                "the fused RUM recurrence cannot be differentiated twice: use backend='reference'"
-            )
+        refuse_second_derivative("fused")
         with torch.autocast(ctx.device_type, enabled=False):
             return _MemoryRecurrence._gradients(ctx, grad_outputs, grad_memory)
 

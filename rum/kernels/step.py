@@ -26,6 +26,11 @@ _DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor]
+"""Of a RUM cell: `weight_ih (3N, input_size)`, `bias (2N,)`, `embedding_bias (N,)` or None, and
+`weight_hh (2N, N)`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecurrenceOptions:
     """What the fused recurrence computes, tensors apart."""
@@ -197,3 +202,11 @@ def unit(vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     is_zero = squared_norm < SQUARED_NORM_FLOOR
     inverse_norm = torch.rsqrt(squared_norm.masked_fill(is_zero, 1.0))
     return vector * inverse_norm, inverse_norm, is_zero
+
+
+def refuse_second_derivative(what: str) -> None:
+    """Raises RuntimeError in a backward pass under create_graph=True: terms would be missing."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the {what} RUM recurrence cannot be differentiated twice: use backend='reference'"
+        )

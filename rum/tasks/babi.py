@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rum.checks import check_at_least, check_choice
 from rum.data.babi import EDITIONS, SUBTASKS, Question, Subtask, load_subtasks
 from rum.errors import ConfigError
-from rum.tasks.base import Batch, Task, TaskConfig, Totals, register_task
+from rum.tasks.base import Batch, Task, TaskConfig, register_task
 
 BLANK = 0
 SENTENCE_END = "."
@@ -107,21 +106,6 @@ class BabiTask(Task):
         for name, part in zip(self._parts, self._splits[split], strict=True):
             for indices in torch.arange(len(part)).split(batch_size or self._config.batch_size):
                 yield _batch(part, indices, name)
-
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean over the answers."""
-        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
-
-    def training_metrics(self, mean_loss: float) -> dict[str, float]:
-        """The loss in nats."""
-        return {"cross_entropy": mean_loss}
-
-    def metrics(self, totals: Totals) -> dict[str, float]:
-        """Accuracy, and cross-entropy in nats."""
-        return {
-            "accuracy": totals.correct / totals.count,
-            "cross_entropy": totals.cross_entropy / totals.count,
-        }
 
     def baselines(self) -> dict[str, float]:
         """Always a subtask's most frequent training answer, scored on validation."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from rum.checks import check_at_least
@@ -92,17 +93,26 @@ class Task(ABC):
     def evaluation_batches(self, split: str, batch_size: int | None = None) -> Iterator[Batch]:
         """All of "validation" or "test", in order; `batch_size` None takes the protocol's."""
 
-    @abstractmethod
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The scalar that training minimises, from `(T, B, num_classes)` and a target."""
+        """The scalar that training minimises, from `(T, B, num_classes)` and a target.
 
-    @abstractmethod
+        By default cross-entropy in nats, the mean over all targets.
+        """
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
     def training_metrics(self, mean_loss: float) -> dict[str, float]:
         """What the mean training loss of an epoch means in the metric's unit."""
+        return {"cross_entropy": mean_loss}
 
-    @abstractmethod
     def metrics(self, totals: Totals) -> dict[str, float]:
-        """Metrics of an evaluation, by name without prefix."""
+        """Metrics of an evaluation, by name without prefix.
+
+        By default accuracy over all targets, and cross-entropy in nats.
+        """
+        return {
+            "accuracy": totals.correct / totals.count,
+            "cross_entropy": totals.cross_entropy / totals.count,
+        }
 
     @abstractmethod
     def baselines(self) -> dict[str, float]:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from rum.checks import check_at_least
 from rum.seeding import derive_seed
@@ -77,19 +75,10 @@ class CopyingTask(Task):
         for index in range(self._config.evaluation_batches):
             yield self._batch(size, derive_seed("copying", split, index))
 
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean over all positions."""
-        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
-
-    def training_metrics(self, mean_loss: float) -> dict[str, float]:
-        """The loss is the metric."""
-        return {"cross_entropy": mean_loss}
-
     def metrics(self, totals: Totals) -> dict[str, float]:
         """Cross-entropy in nats and accuracy over all positions; accuracy of the ten answers."""
         return {
-            "cross_entropy": totals.cross_entropy / totals.count,
-            "accuracy": totals.correct / totals.count,
+            **super().metrics(totals),
             "answer_accuracy": totals.correct_answers / totals.answers,
         }
 

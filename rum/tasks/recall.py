@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rum.checks import check_at_least
 from rum.errors import ConfigError
 from rum.seeding import derive_seed
-from rum.tasks.base import Batch, Task, TaskConfig, Totals, register_task
+from rum.tasks.base import Batch, Task, TaskConfig, register_task
 
 NUM_DIGITS = 10
 QUERY = 0  # the symbol `?`
@@ -83,21 +82,6 @@ class RecallTask(Task):
             answers[picked].long().unsqueeze(0),
             carry_state=False,
         )
-
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Mean over the answers."""
-        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
-
-    def training_metrics(self, mean_loss: float) -> dict[str, float]:
-        """The loss in nats."""
-        return {"cross_entropy": mean_loss}
-
-    def metrics(self, totals: Totals) -> dict[str, float]:
-        """Accuracy, and cross-entropy in nats."""
-        return {
-            "accuracy": totals.correct / totals.count,
-            "cross_entropy": totals.cross_entropy / totals.count,
-        }
 
     def baselines(self) -> dict[str, float]:
         """Without memory a digit is guessed: one in ten."""

@@ -1,6 +1,7 @@
 """Typed options of a search, of continuing its best trials, and of an evaluation."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rum.checks import check_at_least, check_choice, check_file_name, check_positive
@@ -198,3 +199,8 @@ class EvaluateConfig:
             check_choice("splits", split, ("validation", "test"))
         if self.threads is not None:
             check_positive("threads", self.threads)
+
+
+def output_folder(output_dir: str) -> Path:
+    """The option `output_dir` as an absolute path."""
+    return Path(output_dir).expanduser().absolute()

@@ -1,7 +1,6 @@
 """Continues a study's best trials for more epochs, as a study of their own."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,16 @@ from rum.errors import ConfigError, StudyError
 from rum.experiment import ExperimentConfig, experiment_from_plain
 from rum.parameters import nearest, replace, unflatten
 from rum.training.checkpoint import Checkpoint, CheckpointStore
-from rum.tune.config import Domain, ResumeConfig, SamplerConfig, SchedulerConfig, SearchConfig
+from rum.tune.config import (
+    Domain,
+    ResumeConfig,
+    SamplerConfig,
+    SchedulerConfig,
+    SearchConfig,
+    output_folder,
+)
 from rum.tune.messages import Workplace
-from rum.tune.search import check_machine, conduct, define, output_folder
+from rum.tune.search import check_machine, conduct, define
 from rum.tune.study import (
     ORIGIN,
     Study,
@@ -24,6 +30,7 @@ from rum.tune.study import (
     open_storage,
     study_names,
 )
+from rum.tune.terminal import say
 from rum.tune.tracking import connect, trial_run
 
 
@@ -102,9 +109,9 @@ def _device_of(config: ResumeConfig, trial: FrozenTrial) -> str:
     """Where a trial was trained, also said: the study's definition leaves it out."""
     trained = _last_checkpoint(config, trial.number).description["experiment"]["training"]
     device = str(trained["device"])
-    sys.stderr.write(
+    say(
         f"Device: {device}, as trial {trial.number} of study {config.study} had; "
-        "training.device=... chooses another\n"
+        "training.device=... chooses another"
     )
     return device
 

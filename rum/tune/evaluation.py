@@ -13,7 +13,7 @@ from rum.models import count_parameters
 from rum.tasks import CharacterLMConfig, Task
 from rum.training.checkpoint import Checkpoint, read_checkpoint
 from rum.training.loop import evaluate
-from rum.tune.config import EvaluateConfig
+from rum.tune.config import EvaluateConfig, output_folder
 
 TEST_TAG = "rum.test_evaluated_at"
 
@@ -49,7 +49,7 @@ def _evaluate_registered(config: EvaluateConfig, folder: Path) -> str:
     from rum.tune.registry import fetch
     from rum.tune.tracking import connect, tracking_uri
 
-    output_dir = Path(config.output_dir).expanduser().absolute()
+    output_dir = output_folder(config.output_dir)
     client, _ = connect(config.tracking, output_dir)
     uri = tracking_uri(config.tracking, output_dir)
     fetched = fetch(client, config.checkpoint, uri, folder)

@@ -1,11 +1,16 @@
 """What a search found, as a table, and what can be done next."""
 
+import shlex
 from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
 from rum.tasks import Task
+from rum.tune.config import SearchConfig, output_folder
+from rum.tune.provenance import option_text
+from rum.tune.registry import model_name
 from rum.tune.study import REASON, RUNG, Study, is_sound
+from rum.tune.tracking import tracking_uri
 
 SHOWN = 5
 
@@ -31,6 +36,43 @@ def failures(study: Study) -> list[str]:
         for trial in study.trials(TrialState.FAIL, TrialState.PRUNED)
         if trial.state == TrialState.FAIL or not is_sound(trial)
     ]
+
+
+def resume_command(command: str, study: str) -> str:
+    """The command that goes on with this very study, from the one that was given."""
+    words = shlex.split(command)
+    if any(word.endswith("resume.py") for word in words):
+        return command  # repeating it goes on
+    dropped = ("study=", "study_exists=", "resume=")
+    kept = [word for word in words if not word.startswith(dropped)]
+    return shlex.join([*kept, f"study={study}", "resume=yes"])
+
+
+def next_commands(config: SearchConfig, study: Study, task: Task) -> str:
+    """What a user may want to do after a search, as commands."""
+    output_dir = output_folder(config.output_dir)
+    uri = tracking_uri(config.tracking, output_dir)
+    options = {"output_dir": config.output_dir, "data_dir": config.data_dir}
+    where = "".join(
+        " " + shlex.quote(f"{name}={option_text(value)}")
+        for name, value in options.items()
+        if value not in (None, "outputs")
+    )
+    again = resume_command(config.command, study.name)
+    more = 2 * config.training.max_epochs
+    lines = ["Next:"]
+    if uri.startswith("sqlite:"):
+        lines.append(f"  look at the runs     mlflow ui --backend-store-uri {shlex.quote(uri)}")
+    else:
+        lines.append("  look at the runs     in the MLflow server of MLFLOW_TRACKING_URI")
+    lines += [
+        f"  go on, or extend     {again}",
+        "  continue the best    python pipelines/resume.py "
+        f"study={study.name} top=1 training.max_epochs={more}{where}",
+        "  evaluate the best    python pipelines/evaluate.py "
+        f"checkpoint=models:/{model_name(task, config.task.name)}@best{where}",
+    ]
+    return "\n".join(lines)
 
 
 def _row(trial: FrozenTrial, names: Sequence[str]) -> list[str]:

@@ -2,20 +2,14 @@
 
 import dataclasses
 import json
-import logging
 import os
-import shlex
 import shutil
-import socket
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-import ray
 import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -33,14 +27,15 @@ from rum.tasks import CharacterLMConfig, Task
 from rum.train import task_slug
 from rum.training.checkpoint import CheckpointStore
 from rum.tune.asha import Rungs, milestones
+from rum.tune.cluster import check_ray_address, concurrent, resources, running_ray
 from rum.tune.conductor import Conductor
-from rum.tune.config import SearchConfig
+from rum.tune.config import SearchConfig, output_folder
 from rum.tune.forecast import check_disk, forecast
 from rum.tune.messages import Workplace
-from rum.tune.provenance import common_tags, option_text
+from rum.tune.provenance import common_tags
 from rum.tune.ray_adapters import ConductedScheduler, ConductedSearcher, ProgressCallback
-from rum.tune.registry import model_name, register
-from rum.tune.results import best_trials, failures
+from rum.tune.registry import register
+from rum.tune.results import best_trials, failures, next_commands, resume_command
 from rum.tune.space import check_space, space_to_plain
 from rum.tune.study import (
     Study,
@@ -52,7 +47,8 @@ from rum.tune.study import (
     open_storage,
     study_names,
 )
-from rum.tune.tracking import FINISHED, INTERRUPTED, Tracker, connect, tracking_uri
+from rum.tune.terminal import say
+from rum.tune.tracking import FINISHED, INTERRUPTED, Tracker, connect
 from rum.tune.trial import run_trial
 
 # Options that may differ between the drivers of one study: they do not change what is computed.
@@ -70,11 +66,6 @@ _OUTSIDE = (OSError, SQLAlchemyError, OptunaError, MlflowException, RayError)
 
 class InterruptedSearchError(RumError):
     """A search was stopped by Ctrl-C or by what it runs on; it can be resumed."""
-
-
-def output_folder(output_dir: str) -> Path:
-    """`output_dir` as an absolute path."""
-    return Path(output_dir).expanduser().absolute()
 
 
 def run_search(config: SearchConfig) -> str:
@@ -112,7 +103,7 @@ def run_search(config: SearchConfig) -> str:
         study = Study(storage, name, config.space, config.sampler)
         check_definition(study, definition)
         claim_folder(folders / name, study)
-        _say(_set_target(study, config))
+        say(_set_target(study, config))
         return conduct(config, study, task, client, experiment_id)
 
 
@@ -121,13 +112,13 @@ def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> None:
     check_device(config.training.device)
     if not config.dry_run:
         _check_writable(output_dir)
-        _check_ray_address()
+        check_ray_address()
     machine = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
-    prediction = forecast(config, task, output_dir, _concurrent(config, machine))
-    _say(f"Corpus: {task.corpus} ({task.source}); {task.protocol}")
+    prediction = forecast(config, task, output_dir, concurrent(config, machine))
+    say(f"Corpus: {task.corpus} ({task.source}); {task.protocol}")
     for line in config.setting.lines():
-        _say(line)
-    _say(str(prediction))
+        say(line)
+    say(str(prediction))
     if not config.dry_run:
         check_disk(prediction, config.search.disk_reserve_gigabytes)
 
@@ -154,11 +145,6 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"output_dir must be a folder to write to: {error}") from error
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
 
 
 def define(config: SearchConfig, task: Task) -> dict[str, Any]:
@@ -216,34 +202,6 @@ def _set_target(study: Study, config: SearchConfig) -> str:
     )
 
 
-def _resources(config: SearchConfig) -> dict[str, float]:
-    """What a trial takes of the machine, in Ray's words."""
-    gpus = config.search.gpus_per_trial
-    if config.training.device.startswith("cuda") and gpus == 0:
-        gpus = 1.0
-    return {"CPU": config.search.cpus_per_trial, "GPU": gpus}
-
-
-def _concurrent(config: SearchConfig, machine: Mapping[str, float]) -> int:
-    """Trials at a time: as many as fit all resources of the machine or cluster.
-
-    Raises:
-        ConfigError: If not one does.
-    """
-    fitting = []
-    for kind, share in _resources(config).items():
-        there = int(machine.get(kind, 0))
-        if there < share:
-            option = f"search.{kind.lower()}s_per_trial"
-            raise ConfigError(f"{option} is {share:g}, but there are {there} {kind}s")
-        if share >= 1:
-            fitting.append(int(there // share))
-        elif share > 0:  # each trial's part lies on one GPU
-            fitting.append(there * int(1 / share))
-    limit = config.search.max_concurrent
-    return min(fitting) if limit is None else min(*fitting, limit)
-
-
 def conduct(
     config: SearchConfig, study: Study, task: Task, client: Any, experiment_id: str
 ) -> str:
@@ -284,12 +242,12 @@ def conduct(
     status = INTERRUPTED
     conductor = None
     try:
-        with _outside_errors_explained(_resume_command(config, study)):
+        with _outside_errors_explained(resume_command(config.command, study.name)):
             rungs = _rungs(config, study.mode)
             conductor = Conductor(study, base, task, rungs, tracker, workplace)
             if conductor.num_open:
-                with _ray(config) as machine:
-                    _fit(config, conductor, workplace, folder, _concurrent(config, machine))
+                with running_ray() as machine:
+                    _fit(config, conductor, workplace, folder, concurrent(config, machine))
             status = INTERRUPTED if conductor.num_open else FINISHED
             best = conductor.best
             if best is not None:
@@ -302,7 +260,7 @@ def conduct(
         tracker.close(status)
     if not conductor.num_open:
         study.conclude()
-    parts = [best_trials(study, task), *failures(study), "", _next_commands(config, study, task)]
+    parts = [best_trials(study, task), *failures(study), "", next_commands(config, study, task)]
     summary = "\n".join(parts)
     if conductor.num_open:
         raise InterruptedSearchError(
@@ -339,11 +297,11 @@ def _register(
     try:
         checkpoint = CheckpointStore(folder).best()
     except CheckpointError as error:
-        _say(f"The best model is not registered: {error}")
+        say(f"The best model is not registered: {error}")
         return
     if checkpoint is not None:
         registered = register(client, run_id, checkpoint, task, config.task.name)
-        _say(f"Model {registered.message}")
+        say(f"Model {registered.message}")
 
 
 def _rungs(config: SearchConfig, mode: str) -> Rungs:
@@ -356,68 +314,6 @@ def _rungs(config: SearchConfig, mode: str) -> Rungs:
     return Rungs(rungs, scheduler.reduction_factor, mode)
 
 
-@contextmanager
-def _ray(config: SearchConfig) -> Iterator[Mapping[str, float]]:
-    """Connects to the cluster of RAY_ADDRESS, else starts Ray here; gives its resources."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray's own files are not used: no loggers, rare snapshots, and no change of folder.
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "3600")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # ProgressCallback shows how it stands
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = os.environ.get("RAY_ADDRESS")
-    own_folder = None
-    if ray.is_initialized():
-        _say("Ray: the running instance of this process")
-    elif address:
-        _say(f"Ray: the cluster at {address}")
-        ray.init(address=address, **options)
-    else:
-        _say("Ray: local, on this machine (RAY_ADDRESS is not set)")
-        own_folder = _own_ray_folder()
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=200 * 2**20,
-            _temp_dir=own_folder,
-            **options,
-        )
-    try:
-        yield ray.cluster_resources()
-    finally:
-        if own_folder or address:
-            ray.shutdown()
-        if own_folder:
-            shutil.rmtree(own_folder, ignore_errors=True)
-
-
-def _check_ray_address() -> None:
-    """Looks whether anything listens there: Ray itself tries a dead address for minutes."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        return  # "auto" and the like, which Ray finds out about by itself
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except OSError as error:
-        raise ConfigError(
-            f"RAY_ADDRESS is {address!r}, where nothing answers ({error}): start the cluster, or "
-            "unset it to search on this machine"
-        ) from error
-
-
-def _own_ray_folder() -> str:
-    """A new temporary folder for Ray; removes those of drivers that were killed."""
-    prefix = "rum-ray-"  # short: sockets lie in it, and their paths are limited
-    for leftover in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
-        pid = leftover.name.removeprefix(prefix).split("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(leftover, ignore_errors=True)
-    return tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-")
-
-
 def _fit(
     config: SearchConfig,
     conductor: Conductor,
@@ -426,7 +322,7 @@ def _fit(
     concurrent: int,
 ) -> None:
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, workplace=workplace), _resources(config)
+        tune.with_parameters(run_trial, workplace=workplace), resources(config)
     )
     scratch = folder / "ray"  # nothing in it is read again
     shutil.rmtree(scratch, ignore_errors=True)
@@ -452,39 +348,3 @@ def _fit(
     )
     tuner.fit()
     shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _resume_command(config: SearchConfig, study: Study) -> str:
-    """The command that goes on with this very study."""
-    words = shlex.split(config.command)
-    if any(word.endswith("resume.py") for word in words):
-        return config.command  # repeating it goes on
-    dropped = ("study=", "study_exists=", "resume=")
-    kept = [word for word in words if not word.startswith(dropped)]
-    return shlex.join([*kept, f"study={study.name}", "resume=yes"])
-
-
-def _next_commands(config: SearchConfig, study: Study, task: Task) -> str:
-    output_dir = output_folder(config.output_dir)
-    uri = tracking_uri(config.tracking, output_dir)
-    options = {"output_dir": config.output_dir, "data_dir": config.data_dir}
-    where = "".join(
-        " " + shlex.quote(f"{name}={option_text(value)}")
-        for name, value in options.items()
-        if value not in (None, "outputs")
-    )
-    again = _resume_command(config, study)
-    more = 2 * config.training.max_epochs
-    lines = ["Next:"]
-    if uri.startswith("sqlite:"):
-        lines.append(f"  look at the runs     mlflow ui --backend-store-uri {shlex.quote(uri)}")
-    else:
-        lines.append("  look at the runs     in the MLflow server of MLFLOW_TRACKING_URI")
-    lines += [
-        f"  go on, or extend     {again}",
-        "  continue the best    python pipelines/resume.py "
-        f"study={study.name} top=1 training.max_epochs={more}{where}",
-        "  evaluate the best    python pipelines/evaluate.py "
-        f"checkpoint=models:/{model_name(task, config.task.name)}@best{where}",
-    ]
-    return "\n".join(lines)

@@ -1,7 +1,4 @@
-"""The Neural Turing Machine's shift range against NumPy, and its memory as a memory.
-
-Shifts by one place are compared with NumPy in test_compact_cells_values.py as well.
-"""
+"""The Neural Turing Machine against NumPy, and its memory as a memory."""
 
 import numpy as np
 import pytest
@@ -60,7 +57,8 @@ def address(memory: Array, before: Array, head: Array, shift_range: int) -> Arra
 
 
 @pytest.mark.parametrize(
-    ("places", "width", "shift_range"), [(5, 2, 2), (8, 3, 2), (7, 1, 3), (3, 2, 1)]
+    ("places", "width", "shift_range"),
+    [(5, 2, 2), (8, 3, 2), (7, 1, 3), (3, 2, 1), (5, 3, 1), (3, 1, 1)],
 )
 def test_every_step(places: int, width: int, shift_range: int) -> None:
     cell = random_cell(places, width, shift_range)
@@ -169,6 +167,7 @@ def test_what_was_written_is_found_by_its_content() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"memory_size": 2}, "memory_size must be an integer >= 3, got 2"),
         ({"shift_range": 0}, "shift_range must be an integer >= 1, got 0"),
         ({"shift_range": 1.0}, "shift_range must be an integer >= 1, got 1.0"),
         ({"shift_range": 2, "memory_size": 4}, "memory_size must be an integer >= 5, got 4"),
@@ -192,3 +191,23 @@ def test_sharpening_of_many_equal_weights_neither_vanishes_nor_overflows() -> No
     gradients = torch.autograd.grad(output.sum(), tuple(cell.parameters()), allow_unused=True)
     torch.testing.assert_close(state[4], torch.full((BATCH, 128), 1 / 128), rtol=1e-4, atol=0)
     assert all(g is None or g.isfinite().all() for g in gradients)
+
+
+def test_what_both_heads_are_told_to_stay_at_is_written_and_read() -> None:
+    cell = NTMCell(INPUT_SIZE, 4, memory_size=5, memory_width=2).double()
+    with torch.no_grad():
+        _, state = cell.unroll(inputs())
+        for weight in state[4:6]:
+            torch.testing.assert_close(weight.sum(-1), torch.ones(BATCH).double())
+            assert (weight >= 0).all()
+        # both heads stay where they are, the write head erases all and adds (1, -2)
+        cell.heads.weight.zero_()
+        cell.heads.bias.zero_()
+        for head in (0, 8):
+            cell.heads.bias[head + 3] = -100.0  # gate: not by content
+            cell.heads.bias[head + 5] = 100.0  # shift: none
+        cell.heads.bias[16:18] = 100.0
+        cell.heads.bias[18:] = torch.tensor([1.0, -2.0])
+        _, state = cell.unroll(inputs()[:3])
+    expected = torch.tensor([1.0, -2.0]).double().expand(BATCH, -1)
+    torch.testing.assert_close(state[3], expected, rtol=0, atol=1e-6)

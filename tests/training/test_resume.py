@@ -84,6 +84,16 @@ def train(
     return reports
 
 
+def train_with_stops(
+    model: ModelConfig, task: TaskConfig, folder: Path, *, stops: int, **training: Any
+) -> None:
+    """Trains, interrupted after every fourth update, mostly within an epoch."""
+    for _ in range(stops):
+        with pytest.raises(InterruptedRunError):
+            train(model, task, folder, stop_after=4, **{**training, "checkpoint_seconds": 1e-9})
+    train(model, task, folder, **training)
+
+
 def loaded(task: TaskConfig) -> Task:
     return task.load(seed=3)
 
@@ -139,17 +149,7 @@ def test_every_optimizer_and_a_schedule_resume_exactly(optimizer: str, tmp_path:
         "max_grad_norm": None,
     }
     train(MODELS["rum"], task, tmp_path / "whole", **options)
-
-    for _ in range(4):
-        with pytest.raises(InterruptedRunError):
-            train(
-                MODELS["rum"],
-                task,
-                tmp_path / "parts",
-                stop_after=4,
-                **{**options, "checkpoint_seconds": 1e-9},
-            )
-    train(MODELS["rum"], task, tmp_path / "parts", **options)
+    train_with_stops(MODELS["rum"], task, tmp_path / "parts", stops=4, **options)
 
     assert_same(tmp_path / "whole", tmp_path / "parts")
     rates = [report["train/learning_rate"] for report in outcome(tmp_path / "parts")[0]]
@@ -172,16 +172,8 @@ def test_recall_and_schedules_that_look_back_resume_exactly(
     )
     options: dict[str, Any] = {"optimizer": "sgd", "schedule": schedule, "max_epochs": 5}
     train(MODELS["rum_memory"], task, tmp_path / "whole", **options)
-    for _ in range(3):
-        with pytest.raises(InterruptedRunError):
-            train(
-                MODELS["rum_memory"],
-                task,
-                tmp_path / "parts",
-                stop_after=4,
-                **{**options, "checkpoint_seconds": 1e-9},
-            )
-    train(MODELS["rum_memory"], task, tmp_path / "parts", **options)
+    train_with_stops(MODELS["rum_memory"], task, tmp_path / "parts", stops=3, **options)
+
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 

@@ -27,6 +27,7 @@ from rum.parameters import flatten
 from rum.tasks import CopyingConfig
 from rum.training.checkpoint import CheckpointStore
 from rum.training.config import TrainingConfig
+from rum.tune.cluster import concurrent
 from rum.tune.config import (
     ContinuedTrainingConfig,
     Domain,
@@ -37,7 +38,7 @@ from rum.tune.config import (
     TrackingConfig,
 )
 from rum.tune.continuation import continue_best
-from rum.tune.search import InterruptedSearchError, _concurrent, define, run_search
+from rum.tune.search import InterruptedSearchError, define, run_search
 from rum.tune.space import apply
 from rum.tune.study import Study, claim_folder, ensure_study, locked, open_storage
 
@@ -267,13 +268,13 @@ def test_as_many_trials_at_a_time_as_fit_cpus_and_gpus(
         training=TrainingConfig(device=device),
         search=SearchOptions(**options),
     )
-    assert _concurrent(config, machine) == expected
+    assert concurrent(config, machine) == expected
 
 
 def test_a_search_on_gpus_needs_one_in_the_cluster(small_search: Make) -> None:
     config = small_search(tables=False, training=TrainingConfig(device="cuda"))
     with pytest.raises(ConfigError, match=r"gpus_per_trial is 1, but there are 0 GPUs"):
-        _concurrent(config, {"CPU": 16.0})
+        concurrent(config, {"CPU": 16.0})
 
 
 def test_threads_as_many_as_cpus_are_accepted(small_search: Make) -> None:

@@ -339,9 +339,11 @@ def test_a_second_driver_is_refused_until_the_first_is_killed(
 
 
 def test_a_lock_that_was_left_can_be_taken_again(tmp_path: Path) -> None:
-    for _ in range(2):
-        with locked(tmp_path / "study"):
-            pass
+    folder = tmp_path / "study"
+    with locked(folder):
+        first = json.loads((folder / "lock.json").read_text())
+    with locked(folder):
+        assert json.loads((folder / "lock.json").read_text())["pid"] == first["pid"] == os.getpid()
 
 
 def test_studies_are_locked_one_by_one(tmp_path: Path) -> None:
