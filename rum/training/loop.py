@@ -270,7 +270,7 @@ class Trainer:
             self.progress = Progress(
                 step=description["step"],
                 reports=list(description["reports"]),
-                before=list(description["before"]),
+                before=list(description.get("before", [])),
                 best_value=description["best_value"],
                 best_step=description["best_step"],
             )
