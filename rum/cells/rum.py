@@ -191,9 +191,8 @@ class RUMCell(Cell):
         hidden = torch.zeros(batch_size, self.hidden_size, device=device, dtype=dtype)
         if self.lambda_ == 0:
             return (hidden,)
-        full = torch.promote_types(
-            dtype, torch.float32
-        )  # half precision would not stay orthogonal
+        # In half precision it would not stay orthogonal.
+        full = torch.promote_types(dtype, torch.float32)
         identity = torch.eye(self.hidden_size, device=device, dtype=full)
         return hidden, identity.expand(batch_size, -1, -1)
 
