@@ -171,43 +171,46 @@ typedef struct {
 /* The associative memory of one sample, N x N, and the skew gradient that it carries backward */
 typedef struct { float *matrix, *skew; } Memory;
 
+/* A line of a memory times r, w and a vector */
+typedef struct { float r, w, vector; } Products;
+
+INLINE Products line_products(const Row *row, const float *line, const float *vector, int64_t n)
+{
+    const float *r = row->r, *w = row->w;
+    float on_r = 0.0f, on_w = 0.0f, on_vector = 0.0f;
+#pragma omp simd reduction(+ : on_r, on_w, on_vector)
+    for (int64_t j = 0; j < n; j++) {
+        on_r += line[j] * r[j];
+        on_w += line[j] * w[j];
+        on_vector += line[j] * vector[j];
+    }
+    Products products = {on_r, on_w, on_vector};
+    return products;
+}
+
 /* R <- R Rot; total = eps + R h, by the vector that is turned already */
 INLINE void advance(const Row *row, float *matrix, const float *eps, int64_t n)
 {
-    const float *r = row->r, *w = row->w, *vector = row->vector;
+    const float *r = row->r, *w = row->w;
     for (int64_t i = 0; i < n; i++) {
         float *line = matrix + i * n;
-        float on_r = 0.0f, on_w = 0.0f, turned = 0.0f;
-#pragma omp simd reduction(+ : on_r, on_w, turned)
-        for (int64_t j = 0; j < n; j++) {
-            on_r += line[j] * r[j];
-            on_w += line[j] * w[j];
-            turned += line[j] * vector[j];
-        }
-        const float first = row->scale_r * on_r;
-        const float second = row->scale_w * (on_w - row->rw * first);
+        const Products on = line_products(row, line, row->vector, n);
+        const float first = row->scale_r * on.r;
+        const float second = row->scale_w * (on.w - row->rw * first);
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) line[j] -= first * r[j] + second * w[j];
-        row->total[i] = eps[i] + turned;
+        row->total[i] = eps[i] + on.vector;
     }
 }
 
 /* The same total from the memory after the step, with R r and R w for `undo` */
 INLINE void recall(const Row *row, const float *matrix, const float *eps, const float *h, int64_t n)
 {
-    const float *r = row->r, *w = row->w;
     for (int64_t i = 0; i < n; i++) {
-        const float *line = matrix + i * n;
-        float on_r = 0.0f, on_w = 0.0f, turned = 0.0f;
-#pragma omp simd reduction(+ : on_r, on_w, turned)
-        for (int64_t j = 0; j < n; j++) {
-            on_r += line[j] * r[j];
-            on_w += line[j] * w[j];
-            turned += line[j] * h[j];
-        }
-        row->on_r[i] = on_r;
-        row->on_w[i] = on_w;
-        row->total[i] = eps[i] + turned;
+        const Products on = line_products(row, matrix + i * n, h, n);
+        row->on_r[i] = on.r;
+        row->on_w[i] = on.w;
+        row->total[i] = eps[i] + on.vector;
     }
 }
 
