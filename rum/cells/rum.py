@@ -3,7 +3,7 @@
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,10 @@ from rum.functional import (
     time_normalize,
     zoneout,
 )
-from rum.kernels.sequence import BACKENDS, Request, choose, run
-from rum.kernels.step import ACTIVATIONS, RecurrenceOptions
+from rum.kernels.backends import BACKENDS, Request, choose
+from rum.kernels.recurrence import RecurrenceOptions
+from rum.kernels.sequence import run
+from rum.kernels.step import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,7 @@ class RUMCell(Cell):
         embedding_bias: bool = True,
         activation: str = "relu",
         backend: str = "auto",
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -116,6 +119,8 @@ class RUMCell(Cell):
                 when the package was installed) or "auto": the fastest that can serve the request,
                 with the same results up to rounding. Derivatives of derivatives and the transforms
                 of `torch.func` need "reference".
+            recompute: Save memory: keep only hidden states for the backward pass, a quarter, and
+                compute the rest again by one more product. No effect on "reference".
         """
         super().__init__()
         RUMCellConfig(  # checks the options
@@ -150,6 +155,7 @@ class RUMCell(Cell):
         self.zoneout = zoneout
         self.activation = activation
         self.backend = backend
+        self.recompute = recompute
         self.observer: Callable[[Observation], None] | None = None
         self._logged_backend = ""
         like: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -205,12 +211,27 @@ class RUMCell(Cell):
 
     def project(self, input: Tensor) -> Tensor:
         """Input shares of target and update gate, and the embedded input: `(..., 3N)`."""
+        return F.linear(input, self.weight_ih, self.input_bias())
+
+    def input_bias(self) -> Tensor:
+        """Biases of what `project` returns, `(3N,)`."""
         embedding_bias = (
             self.bias.new_zeros(self.hidden_size)
             if self.embedding_bias is None
             else self.embedding_bias
         )
-        return F.linear(input, self.weight_ih, torch.cat((self.bias, embedding_bias)))
+        return torch.cat((self.bias, embedding_bias))
+
+    def norms(self) -> tuple[Tensor, ...]:
+        """Gain and shift of the gates' layer norm, then of the candidate's; empty without."""
+        if self.gate_norm is None or self.candidate_norm is None:
+            return ()
+        return (
+            self.gate_norm.gain,
+            self.gate_norm.shift,
+            self.candidate_norm.gain,
+            self.candidate_norm.shift,
+        )
 
     def step(self, projected: Tensor, state: State, noise: Noise) -> tuple[Tensor, State]:
         """One step; see the class."""
@@ -265,28 +286,15 @@ class RUMCell(Cell):
         backend = self._choose_backend(state)
         if backend == "reference":
             return super().unroll(input, state)
-        noise = self.sample_noise(input.shape[0], input.shape[1])
-        norms: tuple[Tensor, ...] = ()
-        if self.gate_norm is not None and self.candidate_norm is not None:
-            norms = (
-                self.gate_norm.gain,
-                self.gate_norm.shift,
-                self.candidate_norm.gain,
-                self.candidate_norm.shift,
-            )
-        options = RecurrenceOptions(
-            activation=self.activation,
-            eta=self.eta,
-            layer_norm_gate=self.layer_norm_gate,
-            zoneout=self.zoneout,
+        mask = first_mask(self.sample_noise(input.shape[0], input.shape[1]))
+        outputs, state = unroll_replicas(
+            [self],
+            backend,
+            input.unsqueeze(1),
+            tuple(tensor.unsqueeze(0) for tensor in state),
+            None if mask is None else mask.unsqueeze(1),
         )
-        weights = self.weight_ih, self.bias, self.embedding_bias, self.weight_hh
-        hidden, memory = state[0], state[1] if len(state) == 2 else None
-        outputs, memory = run(
-            backend, input, hidden, memory, weights, norms, first_mask(noise), options
-        )
-        last = outputs[-1] if len(outputs) else hidden
-        return outputs, (last,) if memory is None else (last, memory)
+        return outputs.squeeze(1), tuple(tensor.squeeze(0) for tensor in state)
 
     def _choose_backend(self, state: State) -> str:
         if self.observer is not None:
@@ -301,7 +309,7 @@ class RUMCell(Cell):
             device=weight.device,
         )
         backend = choose(self.backend, request)
-        if backend != self._logged_backend:
+        if backend != self._logged_backend and not torch.compiler.is_compiling():
             self._logged_backend = backend
             logger.debug("RUM runs on backend %r (%s)", backend, weight.device)
         return backend
@@ -317,6 +325,50 @@ class RUMCell(Cell):
             f"layer_norm_gate={self.layer_norm_gate}, zoneout={self.zoneout}, "
             f"activation={self.activation}, backend={self.backend}"
         )
+
+
+def unroll_replicas(
+    cells: list[RUMCell], backend: str, input: Tensor, state: State, mask: Tensor | None
+) -> tuple[Tensor, State]:
+    """Runs K cells of one shape side by side on a fast backend, each with weights of its own.
+
+    Args:
+        cells: The same in everything but weights, eta and zoneout.
+        backend: Not "reference".
+        input: `(T, K, B, input_size)`.
+        state: Tensors `(K, B, ...)`.
+        mask: Of zoneout, `(T, K, B, N)`, or None (expectation).
+
+    Returns:
+        Outputs `(T, K, B, N)` and the state after the last step.
+    """
+    cell = cells[0]
+    norms: tuple[Tensor, ...] = ()
+    if cell.layer_norm_gate is not None:
+        norms = tuple(map(_stack, zip(*(each.norms() for each in cells), strict=True)))
+    weights = (
+        _stack([each.weight_ih for each in cells]),
+        _stack([each.input_bias() for each in cells]),
+        _stack([each.weight_hh for each in cells]),
+        norms,
+    )
+    options = RecurrenceOptions(
+        activation=cell.activation,
+        eta=None if cell.eta is None else tuple(each.eta or 0.0 for each in cells),
+        layer_norm_gate=cell.layer_norm_gate,
+        zoneout=tuple(each.zoneout for each in cells),
+    )
+    hidden, memory = state[0], state[1] if len(state) == 2 else None
+    outputs, memory = run(
+        backend, input, hidden, memory, weights, mask, options, recompute=cell.recompute
+    )
+    outputs = outputs.to(torch.promote_types(input.dtype, cell.weight_hh.dtype))
+    last = outputs[-1] if len(outputs) else hidden
+    return outputs, (last,) if memory is None else (last, memory)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
 
 
 @dataclass(kw_only=True)

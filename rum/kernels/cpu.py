@@ -10,19 +10,14 @@ import sysconfig
 import warnings
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rum.kernels.memory import CHECKPOINT_INTERVAL, initial_skew
-from rum.kernels.step import (
-    ACTIVATIONS,
-    RecurrenceOptions,
-    Weights,
-    refuse_second_derivative,
-)
+from rum.kernels.memory import CHECKPOINT_INTERVAL
+from rum.kernels.recurrence import RecurrenceOptions
+from rum.kernels.step import ACTIVATIONS
 
 LARGEST_SIZE = 16384
 _INTERFACE = 2  # INTERFACE in rum_cpu.c
@@ -101,217 +96,6 @@ def unserved(size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-def rum_sequence(
-    input: Tensor,
-    hidden: Tensor,
-    memory: Tensor | None,
-    weights: Weights,
-    norms: tuple[Tensor, ...],
-    mask: Tensor | None,
-    options: RecurrenceOptions,
-) -> tuple[Tensor, Tensor | None]:
-    """Runs a whole sequence of the RUM cell in float32.
-
-    Args:
-        input: `(T, B, input_size)`.
-        hidden: `(B, N)`, the initial state.
-        memory: `(B, N, N)` with lambda = 1, the initial associative memory, orthogonal; it gets
-            no gradient. None with lambda = 0.
-        weights: Of the cell.
-        norms: As `rum.kernels.fused.rum_recurrence`, and so `mask` and `options`.
-        mask: See `norms`.
-        options: See `norms`.
-
-    Returns:
-        `(T, B, N)`, the hidden state after every step, and the last memory, if there is one.
-
-    Raises:
-        RuntimeError: When differentiated twice; the reference backend can do that.
-    """
-    outputs: tuple[Tensor, Tensor | None] = _Sequence.apply(  # type: ignore[no-untyped-call]
-        options,
-        None if mask is None else mask.contiguous(),
-        memory,
-        input.contiguous(),
-        hidden.contiguous(),
-        *weights,
-        *(norm.contiguous() for norm in norms),
-    )
-    return outputs
-
-
-class _Sequence(torch.autograd.Function):
-    """Arguments as `rum_sequence`, those without a gradient first."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        options: RecurrenceOptions,
-        mask: Tensor | None,
-        memory: Tensor | None,
-        input: Tensor,
-        hidden: Tensor,
-        weight_ih: Tensor,
-        bias: Tensor,
-        embedding_bias: Tensor | None,
-        weight_hh: Tensor,
-        *norms: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        compiled = library()
-        assert compiled is not None
-        batch, size = hidden.shape
-        with torch.autocast("cpu", enabled=False):
-            pre = _linear(input, weight_ih[: 2 * size], bias)
-            embedded = _linear(input, weight_ih[2 * size :], embedding_bias)
-        outputs = torch.empty_like(embedded)
-        matrix = None if memory is None else memory.clone(memory_format=torch.contiguous_format)
-        checkpoints: list[Tensor] = []
-        c_options = _c_options(options, batch, size, norms)
-        scratch = hidden.new_empty(c_options.threads * _ROW_BUFFERS * size)
-        panels = _panels(weight_hh)
-        for first, last in _pieces(len(input), _interval(matrix, len(input))):
-            if matrix is not None and first:
-                checkpoints.append(matrix.clone())
-            previous = outputs[first - 1] if first else hidden
-            compiled.rum_forward(
-                c_options,
-                last - first,
-                panels.data_ptr(),
-                embedded[first].data_ptr(),
-                previous.data_ptr(),
-                mask[first].data_ptr() if mask is not None else None,
-                pre[first].data_ptr(),
-                matrix.data_ptr() if matrix is not None else None,
-                outputs[first].data_ptr(),
-                scratch.data_ptr(),
-            )
-        ctx.options = options
-        ctx.num_norms = len(norms)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            mask,
-            input,
-            hidden,
-            weight_ih,
-            embedding_bias,
-            weight_hh,
-            pre,
-            embedded,
-            outputs,
-            matrix,
-            *norms,
-            *checkpoints,
-        )
-        return outputs, matrix
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_outputs: Tensor | None, grad_memory: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("compiled")
-        with torch.autocast("cpu", enabled=False):
-            return _Sequence._gradients(ctx, grad_outputs, grad_memory)
-
-    @staticmethod
-    def _gradients(
-        ctx: Any, grad_outputs: Tensor | None, grad_memory: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        compiled = library()
-        assert compiled is not None
-        (
-            mask,
-            input,
-            hidden,
-            weight_ih,
-            embedding_bias,
-            weight_hh,
-            pre,
-            embedded,
-            outputs,
-            matrix,
-        ) = ctx.saved_tensors[:10]
-        norms = ctx.saved_tensors[10 : 10 + ctx.num_norms]
-        checkpoints = ctx.saved_tensors[10 + ctx.num_norms :]
-        steps, batch, features = input.shape
-        size = hidden.shape[1]
-        if grad_outputs is None:
-            grad_outputs = torch.zeros_like(outputs)
-        grad_outputs = grad_outputs.contiguous()
-        skew = None
-        if matrix is not None:
-            skew = initial_skew(matrix, grad_memory)
-            matrix = matrix.clone()
-        c_options = _c_options(ctx.options, batch, size, norms)
-        threads = c_options.threads
-        scratch = hidden.new_empty(threads * _ROW_BUFFERS * size)
-        panels = _panels(weight_hh.t())
-        grad_input = torch.empty_like(input) if ctx.needs_input_grad[3] else None
-        grad_hidden = torch.zeros_like(hidden)
-        grad_norms = hidden.new_zeros(threads, 6 * size)
-        grad_weight_ih, grad_weight_hh = torch.zeros_like(weight_ih), torch.zeros_like(weight_hh)
-        grad_bias = hidden.new_zeros(3 * size)
-        # In pieces of time: their gradients stay in the cache and in memory that is there, where
-        # fresh pages for those of the whole sequence would cost as much as the products. A piece
-        # has rows enough that adding its share to the weight's gradient costs little.
-        rows = max(_PIECE // (3 * size), 2 * size)
-        interval = _interval(matrix, max(1, rows // max(1, batch)))
-        buffer = hidden.new_empty(min(steps, interval) * batch * 3 * size)
-        for first, last in reversed(_pieces(steps, interval)):
-            if matrix is not None and last < steps:
-                matrix.copy_(checkpoints[last // interval - 1])
-            rows = (last - first) * batch
-            grad_pre = buffer[: rows * 2 * size].view(rows, 2 * size)
-            grad_embedded = buffer[rows * 2 * size : rows * 3 * size].view(rows, size)
-            previous = outputs[first - 1] if first else hidden
-            compiled.rum_backward(
-                c_options,
-                last - first,
-                panels.data_ptr(),
-                pre[first].data_ptr(),
-                embedded[first].data_ptr(),
-                previous.data_ptr(),
-                outputs[first].data_ptr(),
-                mask[first].data_ptr() if mask is not None else None,
-                grad_outputs[first].data_ptr(),
-                matrix.data_ptr() if matrix is not None else None,
-                skew.data_ptr() if skew is not None else None,
-                grad_hidden.data_ptr(),
-                grad_pre.data_ptr(),
-                grad_embedded.data_ptr(),
-                grad_norms.data_ptr(),
-                scratch.data_ptr(),
-            )
-            if first:
-                states = outputs[first - 1 : last - 1]
-            else:
-                states = torch.cat((hidden.unsqueeze(0), outputs[: last - 1]))
-            inputs = input[first:last].view(rows, features)
-            _add_product(grad_weight_hh, grad_pre, states.view(rows, size))
-            _add_product(grad_weight_ih[: 2 * size], grad_pre, inputs)
-            _add_product(grad_weight_ih[2 * size :], grad_embedded, inputs)
-            grad_bias[: 2 * size] += grad_pre.sum(0)
-            grad_bias[2 * size :] += grad_embedded.sum(0)
-            if grad_input is not None:
-                piece = grad_input[first:last].view(rows, features)
-                torch.mm(grad_pre, weight_ih[: 2 * size], out=piece)
-                piece.addmm_(grad_embedded, weight_ih[2 * size :])
-        of_norms: tuple[Tensor, ...] = ()
-        if norms:
-            of_norms = grad_norms.sum(0).split((2 * size, 2 * size, size, size))
-        return (
-            None,
-            None,
-            None,
-            grad_input,
-            grad_hidden,
-            grad_weight_ih,
-            grad_bias[: 2 * size],
-            None if embedding_bias is None else grad_bias[2 * size :],
-            grad_weight_hh,
-            *of_norms,
-        )
-
-
 def _interval(matrix: Tensor | None, otherwise: int) -> int:
     """Steps in a piece of time: with memories, those between two checkpoints."""
     return otherwise if matrix is None else CHECKPOINT_INTERVAL
@@ -330,7 +114,7 @@ def _panels(weight: Tensor) -> Tensor:
     return padded.view(count, _PANEL_WIDTH, columns).transpose(1, 2).contiguous()
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns input weight' + bias.
 
     From some size on by oneDNN, which chooses its code by what the processor can do; the library
@@ -344,9 +128,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(input, weight, bias)
 
 
-def _add_product(total: Tensor, grad: Tensor, values: Tensor) -> None:
+def add_product(total: Tensor, grad: Tensor, values: Tensor) -> None:
     """Adds grad' values to a weight's gradient."""
-    total += _linear(values.t(), grad.t(), None).t()
+    total += linear(values.t(), grad.t(), None).t()
 
 
 def _c_options(

@@ -1,132 +1,141 @@
-"""The RUM recurrence as one autograd function per sequence, in plain PyTorch.
+"""The RUM recurrence in plain PyTorch, on every device.
 
-Forward: one matrix product per step on top of the input projections that the caller made for the
-whole sequence. Backward, by hand: one matrix product per step for the state, and the gradient of
-the recurrent weight as a single product after the loop. Saved: the pre-activations of target and
-update gate, the embedded input and the hidden state, 4 x [T, B, N]; all else is recomputed.
+Forward: one matrix product per step on top of the inputs' share of the pre-activations. Backward,
+by hand: one matrix product per step for the state; all that is not a pre-activation or a state is
+computed again.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rum.functional import SQUARED_NORM_FLOOR
+from rum.kernels.memory import Undone, advance
+from rum.kernels.recurrence import RecurrenceOptions
 from rum.kernels.step import (
-    RecurrenceOptions,
+    Rotate,
     RotationGradients,
+    StepOptions,
     backward,
     dot,
     forward,
-    refuse_second_derivative,
     unit,
 )
 
 
-def rum_recurrence(
-    projected: Tensor,
-    embedded: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    norms: tuple[Tensor, ...],
-    mask: Tensor | None,
-    options: RecurrenceOptions,
-) -> Tensor:
-    """Runs a whole sequence of the RUM cell with lambda = 0.
+class FusedRecurrence:
+    """A `rum.kernels.recurrence.Recurrence`."""
 
-    Args:
-        projected: `(T, B, 2N)`, the inputs' share of target and update gate, bias included.
-        embedded: `(T, B, N)`, the embedded inputs.
-        hidden: `(B, N)`, the initial state.
-        weight: `(2N, N)`, from the hidden state to target and update gate.
-        norms: Empty, or gain and shift `(2N,)` of target and update gate, then gain and shift
-            `(N,)` of embedded input plus turned state.
-        mask: `(T, B, N)`, 1 where zoneout keeps the previous state, or None (expectation).
-        options: The rest.
+    def __init__(
+        self, weight: Tensor, norms: tuple[Tensor, ...], options: RecurrenceOptions
+    ) -> None:
+        """See `Recurrence`."""
+        dtype = options.product_dtype or weight.dtype
+        self._weight = weight.to(dtype)
+        self._norms = _per_replica(norms)
+        self._zoneout = _column(options.zoneout, weight)
+        self._options = StepOptions(
+            activation=options.activation,
+            eta=None if options.eta is None else _column(options.eta, weight),
+            layer_norm_gate=options.layer_norm_gate,
+        )
 
-    Returns:
-        `(T, B, N)`, the hidden state after every step.
+    def piece(self, rows: int) -> int | None:
+        """All steps at once."""
+        return None
 
-    Raises:
-        RuntimeError: When differentiated twice; the reference backend can do that.
-    """
-    outputs: Tensor = _FusedRecurrence.apply(  # type: ignore[no-untyped-call]
-        options,
-        mask,
-        projected.contiguous(),
-        embedded.contiguous(),
-        hidden.contiguous(),
-        weight,
-        *norms,
-    )
-    return outputs
-
-
-class _FusedRecurrence(torch.autograd.Function):
-    """Arguments as `rum_recurrence`, those without a gradient first."""
-
-    @staticmethod
     def forward(
-        ctx: Any,
-        options: RecurrenceOptions,
-        mask: Tensor | None,
-        projected: Tensor,
-        embedded: Tensor,
+        self,
+        pre: Tensor,
         hidden: Tensor,
-        weight: Tensor,
-        *norms: Tensor,
-    ) -> Tensor:
-        batch, size = hidden.shape
-        pre = torch.empty_like(projected)
-        outputs = torch.empty_like(embedded)
+        mask: Tensor | None,
+        memory: Tensor | None,
+        outputs: Tensor,
+    ) -> None:
+        """See `Recurrence`."""
+        rotate = rotate_once if memory is None else advance(memory)
         state = hidden
-        for t in range(len(embedded)):
-            torch.addmm(projected[t], state, weight.t(), out=pre[t])
-            step = forward(
-                pre[t].view(batch, 2, size), embedded[t], state, norms, options, _rotate
-            )
-            keep = options.zoneout if mask is None else mask[t]
+        for t in range(len(pre)):
+            gates, embedded = _split(pre[t])
+            _add_product(gates, state, self._weight.mT)
+            step = forward(_by_gate(gates), embedded, state, self._norms, self._options, rotate)
+            keep = self._zoneout if mask is None else mask[t]
             state = torch.lerp(step.normalized, state, keep, out=outputs[t])
-        ctx.options = options
-        ctx.save_for_backward(mask, pre, embedded, hidden, weight, outputs, *norms)
-        return outputs
 
-    @staticmethod
-    def backward(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("fused")
-        with torch.autocast(grad_outputs.device.type, enabled=False):
-            return _FusedRecurrence._gradients(ctx, grad_outputs)
-
-    @staticmethod
-    def _gradients(ctx: Any, grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        mask, pre, embedded, hidden, weight, outputs, *norms = ctx.saved_tensors
-        options: RecurrenceOptions = ctx.options
-        batch, size = hidden.shape
-        grad_pre = torch.empty_like(pre)
-        grad_embedded = torch.empty_like(embedded)
-        grad_state = torch.zeros_like(hidden)
-        grad_norms = [torch.zeros_like(norm) for norm in norms]
-        for t in reversed(range(len(embedded))):
+    def backward(
+        self,
+        pre: Tensor,
+        hidden: Tensor,
+        mask: Tensor | None,
+        memory: Tensor | None,
+        skew: Tensor | None,
+        outputs: Tensor,
+        grad_outputs: Tensor,
+        grad_state: Tensor,
+        grad_pre: Tensor,
+        grad_norms: tuple[Tensor, ...],
+    ) -> None:
+        """See `Recurrence`."""
+        rotate: Rotate = rotate_once
+        if memory is not None and skew is not None:
+            rotate = Undone(memory, skew).turn
+        grad_norms = _per_replica(grad_norms)
+        for t in reversed(range(len(pre))):
             previous = outputs[t - 1] if t else hidden
-            step = forward(
-                pre[t].view(batch, 2, size), embedded[t], previous, norms, options, _rotate
-            )
-            keep = options.zoneout if mask is None else mask[t]
+            gates, embedded = _split(pre[t])
+            step = forward(_by_gate(gates), embedded, previous, self._norms, self._options, rotate)
+            keep = self._zoneout if mask is None else mask[t]
             grad = grad_outputs[t] + grad_state
             grad_kept = grad * keep
-            gradients = backward(step, previous, grad - grad_kept, norms, grad_norms, options)
-            grad_pre[t] = gradients.pre.view(batch, 2 * size)
-            grad_embedded[t] = gradients.embedded
-            grad_state = torch.addmm(grad_kept + gradients.hidden, grad_pre[t], weight)
-        states = torch.cat((hidden.unsqueeze(0), outputs))[:-1]
-        grad_weight = grad_pre.view(-1, 2 * size).t() @ states.view(-1, size)
-        return None, None, grad_pre, grad_embedded, grad_state, grad_weight, *grad_norms
+            gradients = backward(
+                step, previous, grad - grad_kept, self._norms, grad_norms, self._options
+            )
+            grad_gates, grad_embedded = _split(grad_pre[t])
+            grad_gates.copy_(gradients.gates.flatten(-2))
+            grad_embedded.copy_(gradients.embedded)
+            torch.add(grad_kept, gradients.hidden, out=grad_state)
+            _add_product(grad_state, grad_gates, self._weight)
+
+
+def _per_replica(norms: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Views of layer norms that broadcast over a replica's rows."""
+    if not norms:
+        return ()
+    *of_gates, gain, shift = norms
+    return *(_by_gate(norm).unsqueeze(1) for norm in of_gates), gain[:, None], shift[:, None]
+
+
+def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """One value a replica as [K, 1, 1]."""
+    column: Tensor = like.new_tensor(values).view(-1, 1, 1)
+    return column
+
+
+def _split(pre: Tensor) -> tuple[Tensor, Tensor]:
+    """Target and update gate, and the embedded input."""
+    size = pre.shape[-1] // 3
+    return pre[..., : 2 * size], pre[..., 2 * size :]
+
+
+def _by_gate(gates: Tensor) -> Tensor:
+    return gates.view(*gates.shape[:-1], 2, gates.shape[-1] // 2)
+
+
+def _add_product(total: Tensor, rows: Tensor, weight: Tensor) -> None:
+    """Total += rows weight in every replica, with operands in the dtype of the weight."""
+    rows = rows.to(weight.dtype)
+    if weight.dtype != total.dtype:
+        total += rows @ weight
+    elif len(total) == 1:
+        total[0].addmm_(rows[0], weight[0])
+    else:
+        total.baddbmm_(rows, weight)
 
 
 @dataclass
 class _Turn:
-    """`rum.functional.rotate` with what its gradient needs; scalars are [B, 1].
+    """`rum.functional.rotate` with what its gradient needs; scalars are [..., 1].
 
     turned = H_r H_w vector with unit vectors e, r and w = e + r: first
     reflected = vector - k w, k = 2 (w . vector) / |w|^2, then turned = reflected - 2 z r.
@@ -160,7 +169,8 @@ class _Turn:
         )
 
 
-def _rotate(source: Tensor, target: Tensor, vector: Tensor) -> _Turn:
+def rotate_once(source: Tensor, target: Tensor, vector: Tensor) -> _Turn:
+    """Turns a vector as `rum.functional.rotate` does, for `rum.kernels.step`."""
     e, e_inverse_norm, e_is_zero = unit(source)
     r, r_inverse_norm, r_is_zero = unit(target)
     is_identity = e_is_zero | r_is_zero

@@ -1,9 +1,9 @@
-"""The RUM recurrence with lambda = 1 as one autograd function per sequence, in plain PyTorch.
+"""The associative memory of lambda = 1: a rotation of the hidden state by all that came before.
 
-Every step changes the associative memory R by a rank-2 update. Nothing of size T x B x N x N is
-kept: backward takes the last memory and undoes one rotation after the other, R_{t-1} = R_t Rot_t',
-which two explicit reflections do exactly but for rounding (some 1e-6 after 1000 steps in float32);
-every `CHECKPOINT_INTERVAL` steps a copy from the forward pass starts it afresh.
+Every step changes the memory R by a rank-2 update. Nothing of size T x B x N x N is kept: backward
+takes the last memory and undoes one rotation after the other, R_{t-1} = R_t Rot_t', which two
+explicit reflections do exactly but for rounding (some 1e-6 after 1000 steps in float32); every
+`CHECKPOINT_INTERVAL` steps a copy from the forward pass starts it afresh.
 
 The gradient. Orthogonal matrices are a manifold: of K = R_t' dL/dR_t only the skew part
 S = K - K' has an effect on what comes before. With h the state that is turned, g the gradient of
@@ -18,150 +18,19 @@ S = K - K' has an effect on what comes before. With h the state that is turned, 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rum.functional import SQUARED_NORM_FLOOR
-from rum.kernels.step import (
-    RecurrenceOptions,
-    RotationGradients,
-    backward,
-    dot,
-    forward,
-    refuse_second_derivative,
-    unit,
-)
+from rum.kernels.step import Rotate, RotationGradients, dot, unit
 
 CHECKPOINT_INTERVAL = 128
 
 
-def memory_recurrence(
-    projected: Tensor,
-    embedded: Tensor,
-    hidden: Tensor,
-    memory: Tensor,
-    weight: Tensor,
-    norms: tuple[Tensor, ...],
-    mask: Tensor | None,
-    options: RecurrenceOptions,
-) -> tuple[Tensor, Tensor]:
-    """Runs a whole sequence of the RUM cell with lambda = 1.
-
-    Args:
-        projected: `(T, B, 2N)`, the inputs' share of target and update gate, bias included.
-        embedded: `(T, B, N)`, the embedded inputs.
-        hidden: `(B, N)`, the initial state.
-        memory: `(B, N, N)`, the initial associative memory, orthogonal; it gets no gradient.
-        weight: `(2N, N)`, from the hidden state to target and update gate.
-        norms: As `rum.kernels.fused.rum_recurrence`.
-        mask: `(T, B, N)`, 1 where zoneout keeps the previous state, or None (expectation).
-        options: The rest.
-
-    Returns:
-        `(T, B, N)`, the hidden state after every step, and `(B, N, N)`, the last memory.
-
-    Raises:
-        RuntimeError: When differentiated twice; the reference backend can do that.
-    """
-    outputs: tuple[Tensor, Tensor] = _MemoryRecurrence.apply(  # type: ignore[no-untyped-call]
-        options,
-        mask,
-        memory,
-        projected.contiguous(),
-        embedded.contiguous(),
-        hidden.contiguous(),
-        weight,
-        *norms,
-    )
-    return outputs
-
-
-class _MemoryRecurrence(torch.autograd.Function):
-    """Arguments as `memory_recurrence`, those without a gradient first."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        options: RecurrenceOptions,
-        mask: Tensor | None,
-        memory: Tensor,
-        projected: Tensor,
-        embedded: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        *norms: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        batch, size = hidden.shape
-        pre = torch.empty_like(projected)
-        outputs = torch.empty_like(embedded)
-        matrix = memory.clone(memory_format=torch.contiguous_format)
-        checkpoints = []
-        state = hidden
-
-        def turn(source: Tensor, target: Tensor, vector: Tensor) -> _Turn:
-            return _advance(matrix, source, target, vector)
-
-        for t in range(len(embedded)):
-            if t and t % CHECKPOINT_INTERVAL == 0:
-                checkpoints.append(matrix.clone())
-            torch.addmm(projected[t], state, weight.t(), out=pre[t])
-            step = forward(pre[t].view(batch, 2, size), embedded[t], state, norms, options, turn)
-            keep = options.zoneout if mask is None else mask[t]
-            state = torch.lerp(step.normalized, state, keep, out=outputs[t])
-        ctx.options = options
-        ctx.num_norms = len(norms)
-        ctx.device_type = hidden.device.type
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            mask, pre, embedded, hidden, weight, outputs, matrix, *norms, *checkpoints
-        )
-        return outputs, matrix
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_outputs: Tensor | None, grad_memory: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("fused")
-        with torch.autocast(ctx.device_type, enabled=False):
-            return _MemoryRecurrence._gradients(ctx, grad_outputs, grad_memory)
-
-    @staticmethod
-    def _gradients(
-        ctx: Any, grad_outputs: Tensor | None, grad_memory: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        mask, pre, embedded, hidden, weight, outputs, matrix, *rest = ctx.saved_tensors
-        norms, checkpoints = rest[: ctx.num_norms], rest[ctx.num_norms :]
-        options: RecurrenceOptions = ctx.options
-        batch, size = hidden.shape
-        grad_pre = torch.empty_like(pre)
-        grad_embedded = torch.empty_like(embedded)
-        grad_state = torch.zeros_like(hidden)
-        grad_norms = [torch.zeros_like(norm) for norm in norms]
-        undone = _Undone.begin(matrix, grad_memory)
-        for t in reversed(range(len(embedded))):
-            if (t + 1) % CHECKPOINT_INTERVAL == 0 and t + 1 < len(embedded):
-                undone.matrix.copy_(checkpoints[(t + 1) // CHECKPOINT_INTERVAL - 1])
-            previous = outputs[t - 1] if t else hidden
-            step = forward(
-                pre[t].view(batch, 2, size), embedded[t], previous, norms, options, undone.turn
-            )
-            keep = options.zoneout if mask is None else mask[t]
-            grad = grad_state if grad_outputs is None else grad_outputs[t] + grad_state
-            grad_kept = grad * keep
-            gradients = backward(step, previous, grad - grad_kept, norms, grad_norms, options)
-            grad_pre[t] = gradients.pre.view(batch, 2 * size)
-            grad_embedded[t] = gradients.embedded
-            grad_state = torch.addmm(grad_kept + gradients.hidden, grad_pre[t], weight)
-        states = torch.cat((hidden.unsqueeze(0), outputs))[:-1]
-        grad_weight = grad_pre.view(-1, 2 * size).t() @ states.view(-1, size)
-        return None, None, None, grad_pre, grad_embedded, grad_state, grad_weight, *grad_norms
-
-
 @dataclass
 class _Plane:
-    """The two reflections of a rotation; scales [B, 1] are 0 where one is left out."""
+    """The two reflections of a rotation; scales [..., 1] are 0 where one is left out."""
 
     e: Tensor
     r: Tensor
@@ -195,23 +64,28 @@ class _Turn:
         raise NotImplementedError
 
 
-def _advance(matrix: Tensor, source: Tensor, target: Tensor, vector: Tensor) -> _Turn:
-    """Multiplies `matrix` by the rotation from the right, in place, and applies it to `vector`."""
-    p = _plane(source, target)
-    reflected = vector - (p.scale_w * dot(p.w, vector)) * p.w
-    rotated = reflected - (p.scale_r * dot(p.r, reflected)) * p.r
-    on_r, on_w, turned = (matrix @ torch.stack((p.r, p.w, rotated), -1)).unbind(-1)
-    first = p.scale_r * on_r
-    second = p.scale_w * (on_w - dot(p.r, p.w) * first)
-    _add_outer(matrix, (first, second), (p.r, p.w), -1.0)
-    return _Turn(turned)
+def advance(matrix: Tensor) -> Rotate:
+    """A rotation of the forward pass, by a memory `(..., N, N)` that it advances in place."""
+
+    def turn(source: Tensor, target: Tensor, vector: Tensor) -> _Turn:
+        p = _plane(source, target)
+        reflected = vector - (p.scale_w * dot(p.w, vector)) * p.w
+        rotated = reflected - (p.scale_r * dot(p.r, reflected)) * p.r
+        on_r, on_w, turned = (matrix @ torch.stack((p.r, p.w, rotated), -1)).unbind(-1)
+        first = p.scale_r * on_r
+        second = p.scale_w * (on_w - dot(p.r, p.w) * first)
+        _add_outer(matrix, (first, second), (p.r, p.w), -1.0)
+        return _Turn(turned)
+
+    return turn
 
 
 def _add_outer(
     matrix: Tensor, left: tuple[Tensor, ...], right: tuple[Tensor, ...], factor: float = 1.0
 ) -> None:
-    """Matrix += factor * sum_i left_i right_i', in place; vectors are [B, N]."""
-    matrix.baddbmm_(torch.stack(left, -1), torch.stack(right, -2), alpha=factor)
+    """Matrix += factor * sum_i left_i right_i', in place."""
+    outer = torch.stack(left, -1).flatten(0, -3), torch.stack(right, -2).flatten(0, -3)
+    matrix.view(-1, *matrix.shape[-2:]).baddbmm_(*outer, alpha=factor)
 
 
 def initial_skew(matrix: Tensor, grad: Tensor | None) -> Tensor:
@@ -222,17 +96,13 @@ def initial_skew(matrix: Tensor, grad: Tensor | None) -> Tensor:
     return onto - onto.mT
 
 
-class _Undone:
-    """The memory on its way back, with the gradient that it carries."""
+class Undone:
+    """A memory on its way back, in place, with the gradient that it carries; each (..., N, N)."""
 
     def __init__(self, matrix: Tensor, skew: Tensor) -> None:
+        """Starts after the last step; `skew` is its S."""
         self.matrix = matrix
         self.skew = skew
-
-    @staticmethod
-    def begin(matrix: Tensor, grad: Tensor | None) -> "_Undone":
-        """From the last memory and its gradient."""
-        return _Undone(matrix.clone(), initial_skew(matrix, grad))
 
     def turn(self, source: Tensor, target: Tensor, vector: Tensor) -> "_UndoneTurn":
         """The memory after this step, applied to `vector`; `backward` then undoes the step."""
@@ -243,7 +113,7 @@ class _Undone:
 
 @dataclass
 class _UndoneTurn:
-    memory: _Undone
+    memory: Undone
     plane: _Plane
     on_w: Tensor
     on_r: Tensor

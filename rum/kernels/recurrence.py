@@ -1,12 +1,12 @@
-"""What a backend implements: the recurrence of a RUM over a piece of a sequence, and a step's rows.
+"""What a backend implements: a RUM's recurrence over a piece of a sequence, and a step's rows.
 
 `rum.kernels.sequence` makes one operator of torch of a `Recurrence` (products with the inputs,
 gradients of the weights, pieces of time and the memories' checkpoints are its own), and
 `rum.kernels.chain` one of several cells' `Rows`.
 
 K replicas of a layer run side by side (K = 1 but for `rum.Replicas`), each with its own weights
-and B rows. All tensors are contiguous and, unless said, of one dtype: float32, or float64 where the
-backend has it.
+and B rows. All tensors are contiguous and of one dtype, float32, or float64 where a backend has
+it.
 """
 
 from dataclasses import dataclass

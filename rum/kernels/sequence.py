@@ -1,65 +1,27 @@
-"""A whole sequence of a RUM: which backend can serve a call, and the call."""
+"""A whole sequence of a RUM as one operator of torch, on any backend.
 
-from dataclasses import dataclass
+`torch.ops.rum.sequence` and its gradient `rum.sequence_backward` are opaque to torch.compile and
+torch.export. They take the products with the inputs, cut time into pieces, keep checkpoints of the
+memories, and leave what happens in between to the backend's `Recurrence`.
+
+Saved for the backward pass: the pre-activations, 3 x [T, B, N], and the states; with `recompute`
+only the states, for one more product.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from rum.errors import ConfigError
 from rum.kernels import cpu
-from rum.kernels.fused import rum_recurrence
-from rum.kernels.memory import memory_recurrence
-from rum.kernels.step import RecurrenceOptions, Weights
+from rum.kernels.fused import FusedRecurrence
+from rum.kernels.memory import CHECKPOINT_INTERVAL, initial_skew
+from rum.kernels.recurrence import Recurrence, RecurrenceOptions
 
-BACKENDS = ("auto", "reference", "fused", "cpu")
-_FASTEST_FIRST = ("cpu", "fused", "reference")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a call asks of a backend."""
-
-    size: int
-    """N, of the hidden state."""
-    has_fixed_power: bool
-    """Whether lambda is 0 or 1 and not learned."""
-    wants_memory_gradient: bool
-    """Whether an initial associative memory needs a gradient."""
-    dtype: torch.dtype
-    """Of the weights."""
-    device: torch.device
-
-
-def choose(asked: str, request: Request) -> str:
-    """Names the backend for a call: for "auto" the fastest that can serve it.
-
-    Raises:
-        ConfigError: If the one that is asked for cannot.
-    """
-    if asked == "auto":
-        return next(name for name in _FASTEST_FIRST if _unserved(name, request) is None)
-    reason = _unserved(asked, request)
-    if reason is not None:
-        serving = [name for name in ("fused", "reference") if _unserved(name, request) is None]
-        raise ConfigError(f"backend {asked!r} {reason}: use {serving[0]!r}")
-    return asked
-
-
-def _unserved(backend: str, request: Request) -> str | None:
-    """Why a backend cannot serve a call; None where it can."""
-    if backend == "reference":
-        return None
-    if not request.has_fixed_power:
-        return "serves a fixed lambda_ of 0 or 1"
-    if request.wants_memory_gradient:
-        return "gives no gradient to an initial associative memory"
-    if request.dtype not in (torch.float32, torch.float64):
-        # the reference does norms and rotation of half precision in float32
-        return f"computes in float32 or float64, got weights in {request.dtype}"
-    if backend == "cpu":
-        return cpu.unserved(request.size, request.dtype, request.device)
-    return None
+Weights = tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]
+"""Of K RUM cells: `weight_ih (K, 3N, input_size)`, `bias (K, 3N)`, `weight_hh (K, 2N, N)` and the
+layer norms that `Recurrence` describes."""
 
 
 def run(
@@ -68,22 +30,334 @@ def run(
     hidden: Tensor,
     memory: Tensor | None,
     weights: Weights,
-    norms: tuple[Tensor, ...],
     mask: Tensor | None,
     options: RecurrenceOptions,
+    *,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Runs a sequence on "fused" or "cpu"; see `rum.kernels.cpu.rum_sequence`."""
-    weight_ih, bias, embedding_bias, weight_hh = weights
-    dtype, size = weight_hh.dtype, hidden.shape[1]
-    hidden = hidden.to(dtype)
-    memory = None if memory is None else memory.to(dtype)
-    if backend == "cpu":
-        return cpu.rum_sequence(input.to(dtype), hidden, memory, weights, norms, mask, options)
-    # Two products, so that no kernel need copy its part out of a joint result.
-    gates = F.linear(input, weight_ih[: 2 * size], bias).to(dtype)
-    embedded = F.linear(input, weight_ih[2 * size :], embedding_bias).to(dtype)
+    """Runs K RUMs over sequences.
+
+    States, norms and memories are in float32 where weights or inputs are in half precision; then,
+    and under autocast, operands of the products are rounded to it (not on "cpu", which has no
+    faster products for it).
+
+    Args:
+        backend: "fused", "cpu" or "triton".
+        input: `(T, K, B, input_size)`.
+        hidden: `(K, B, N)`, the initial state.
+        memory: `(K, B, N, N)` with lambda = 1, the initial associative memory, orthogonal; it gets
+            no gradient. None with lambda = 0.
+        weights: Of the cells.
+        mask: `(T, K, B, N)`, 1 where zoneout keeps the previous state, or None (expectation).
+        options: The rest.
+        recompute: Save memory: compute pre-activations again for the backward pass.
+
+    Returns:
+        `(T, K, B, N)`, the hidden state after every step, and the last memory, if there is one;
+        both in the dtype of the states.
+
+    Raises:
+        RuntimeError: When differentiated twice; the reference backend can do that.
+    """
+    weight_ih, bias, weight_hh, norms = weights
+    dtype = torch.promote_types(weight_hh.dtype, torch.float32)
+    outputs, last_memory, _, _ = _sequence(
+        input.to(dtype).contiguous(),
+        hidden.to(dtype).contiguous(),
+        None if memory is None else memory.to(dtype),
+        None if mask is None else mask.to(dtype).contiguous(),
+        weight_ih.to(dtype),
+        bias.to(dtype),
+        weight_hh.to(dtype),
+        [norm.to(dtype).contiguous() for norm in norms],
+        backend,
+        options.activation,
+        options.eta,
+        options.layer_norm_gate,
+        options.zoneout,
+        _product_dtype(weight_hh),
+        recompute,
+    )
+    return outputs, None if memory is None else last_memory
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype | None:
+    """Half precision where weights are in it or autocast asks for it."""
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        return weight.dtype
+    device = weight.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+@torch.library.custom_op("rum::sequence", mutates_args=())
+def _sequence(
+    input: Tensor,
+    hidden: Tensor,
+    memory: Tensor | None,
+    mask: Tensor | None,
+    weight_ih: Tensor,
+    bias: Tensor,
+    weight_hh: Tensor,
+    norms: Sequence[Tensor],
+    backend: str,
+    activation: str,
+    eta: Sequence[float] | None,
+    layer_norm_gate: str | None,
+    zoneout: Sequence[float],
+    product_dtype: torch.dtype | None,
+    recompute: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outputs, last memory, pre-activations, checkpoints of the memory; empty where unused."""
+    options = _options(activation, eta, layer_norm_gate, zoneout, product_dtype)
     with torch.autocast(input.device.type, enabled=False):
-        if memory is None:
-            outputs = rum_recurrence(gates, embedded, hidden, weight_hh, norms, mask, options)
-            return outputs, None
-        return memory_recurrence(gates, embedded, hidden, memory, weight_hh, norms, mask, options)
+        recurrence = _recurrence(backend, weight_hh, tuple(norms), options)
+        pre = _project(input, weight_ih, bias, options)
+        outputs = input.new_empty(*input.shape[:3], hidden.shape[-1])
+        matrix = None
+        if memory is not None:
+            matrix = memory.clone(memory_format=torch.contiguous_format)
+        checkpoints = input.new_empty(_checkpoints_shape(len(input), memory))
+        for first, last in _pieces(len(input), None if matrix is None else CHECKPOINT_INTERVAL):
+            if matrix is not None and first:
+                checkpoints[first // CHECKPOINT_INTERVAL - 1] = matrix
+            recurrence.forward(
+                pre[first:last],
+                outputs[first - 1] if first else hidden,
+                None if mask is None else mask[first:last],
+                matrix,
+                outputs[first:last],
+            )
+    return (
+        outputs,
+        input.new_empty(0) if matrix is None else matrix,
+        input.new_empty(0) if recompute else pre,
+        checkpoints,
+    )
+
+
+@_sequence.register_fake
+def _(  # type: ignore[no-untyped-def]  # the operator's arguments, named above
+    input, hidden, memory, mask, weight_ih, bias, weight_hh, norms, *rest
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    recompute = rest[-1]
+    leading = input.shape[:3]
+    return (
+        input.new_empty(*leading, hidden.shape[-1]),
+        input.new_empty(0 if memory is None else memory.shape),
+        input.new_empty(0) if recompute else input.new_empty(*leading, weight_ih.shape[1]),
+        input.new_empty(_checkpoints_shape(len(input), memory)),
+    )
+
+
+def _checkpoints_shape(steps: int, memory: Tensor | None) -> tuple[int, ...]:
+    if memory is None:
+        return (0,)
+    return (max(0, steps - 1) // CHECKPOINT_INTERVAL, *memory.shape)
+
+
+@torch.library.custom_op("rum::sequence_backward", mutates_args=())
+def _sequence_backward(
+    grad_outputs: Tensor | None,
+    grad_memory: Tensor | None,
+    outputs: Tensor,
+    last_memory: Tensor,
+    pre: Tensor,
+    checkpoints: Tensor,
+    wants_input: bool,
+    input: Tensor,
+    hidden: Tensor,
+    mask: Tensor | None,
+    weight_ih: Tensor,
+    bias: Tensor,
+    weight_hh: Tensor,
+    norms: Sequence[Tensor],
+    backend: str,
+    activation: str,
+    eta: Sequence[float] | None,
+    layer_norm_gate: str | None,
+    zoneout: Sequence[float],
+    product_dtype: torch.dtype | None,
+    recompute: bool,
+) -> list[Tensor]:
+    """Gradients of input (empty if not wanted), hidden, weight_ih, bias, weight_hh, norms."""
+    options = _options(activation, eta, layer_norm_gate, zoneout, product_dtype)
+    steps, replicas, batch, _ = input.shape
+    size = hidden.shape[-1]
+    has_memory = last_memory.dim() == 4
+    matrix = skew = None
+    with torch.autocast(input.device.type, enabled=False):
+        if has_memory:
+            matrix, skew = last_memory.clone(), initial_skew(last_memory, grad_memory)
+        grad_outputs = torch.zeros_like(outputs) if grad_outputs is None else grad_outputs
+        grad_outputs = grad_outputs.contiguous()
+        recurrence = _recurrence(backend, weight_hh, tuple(norms), options)
+        interval = CHECKPOINT_INTERVAL if has_memory else recurrence.piece(replicas * batch)
+        pieces = _pieces(steps, interval)
+        longest = max((last - first for first, last in pieces), default=0)
+        # One buffer for the gradients of every piece: with pieces that fit, it stays in the cache,
+        # and pages that are there cost less than fresh ones for a whole sequence.
+        buffer = input.new_empty(longest, replicas, batch, 3 * size)
+        grad_input = torch.empty_like(input) if wants_input else input.new_empty(0)
+        grad_state = torch.zeros_like(hidden)
+        of_weight_ih, of_bias, of_weight_hh, *of_norms = (
+            torch.zeros_like(tensor) for tensor in (weight_ih, bias, weight_hh, *norms)
+        )
+        for first, last in reversed(pieces):
+            if matrix is not None and last < steps:
+                matrix.copy_(checkpoints[last // CHECKPOINT_INTERVAL - 1])
+            before = outputs[first - 1] if first else hidden
+            if first:
+                states = outputs[first - 1 : last - 1]
+            else:
+                states = torch.cat((hidden.unsqueeze(0), outputs[: last - 1]))
+            inputs = input[first:last]
+            if recompute:
+                of_piece = _project(inputs, weight_ih, bias, options)
+                of_piece[..., : 2 * size] += _products(states, weight_hh, options)
+            else:
+                of_piece = pre[first:last]
+            grad_pre = buffer[: last - first]
+            recurrence.backward(
+                of_piece,
+                before,
+                None if mask is None else mask[first:last],
+                matrix,
+                skew,
+                outputs[first:last],
+                grad_outputs[first:last],
+                grad_state,
+                grad_pre,
+                tuple(of_norms),
+            )
+            _add_gradient(of_weight_hh, grad_pre[..., : 2 * size], states, options)
+            _add_gradient(of_weight_ih, grad_pre, inputs, options)
+            of_bias += grad_pre.sum((0, 2))
+            if wants_input:
+                grad_input[first:last] = _products(grad_pre, weight_ih.mT, options)
+    return [grad_input, grad_state, of_weight_ih, of_bias, of_weight_hh, *of_norms]
+
+
+@_sequence_backward.register_fake
+def _(  # type: ignore[no-untyped-def]  # the operator's arguments, named above
+    grad_outputs,
+    grad_memory,
+    outputs,
+    last_memory,
+    pre,
+    checkpoints,
+    wants_input,
+    input,
+    hidden,
+    mask,
+    weight_ih,
+    bias,
+    weight_hh,
+    norms,
+    *rest,
+) -> list[Tensor]:
+    of_input = torch.empty_like(input) if wants_input else input.new_empty(0)
+    others = (hidden, weight_ih, bias, weight_hh, *norms)
+    return [of_input, *(torch.empty_like(tensor) for tensor in others)]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, hidden, _, mask, weight_ih, bias, weight_hh, norms, *ctx.rest = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output, input, hidden, mask, weight_ih, bias, weight_hh, *norms)
+
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    outputs, memory, pre, checkpoints, *tensors = ctx.saved_tensors
+    of_input, of_hidden, of_weight_ih, of_bias, of_weight_hh, *of_norms = _sequence_backward(
+        *grads[:2],
+        outputs,
+        memory,
+        pre,
+        checkpoints,
+        ctx.needs_input_grad[0],
+        *tensors[:6],
+        tensors[6:],
+        *ctx.rest,
+    )
+    return (
+        of_input if ctx.needs_input_grad[0] else None,
+        of_hidden,
+        None,
+        None,
+        of_weight_ih,
+        of_bias,
+        of_weight_hh,
+        of_norms,
+        *[None] * len(ctx.rest),
+    )
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "the fast backends of a RUM cannot be differentiated twice: use backend='reference'"
+    )
+
+
+_sequence.register_autograd(_gradients, setup_context=_save)
+_sequence_backward.register_autograd(_refuse_second_derivative)
+
+
+def _options(
+    activation: str,
+    eta: Sequence[float] | None,
+    layer_norm_gate: str | None,
+    zoneout: Sequence[float],
+    product_dtype: torch.dtype | None,
+) -> RecurrenceOptions:
+    return RecurrenceOptions(
+        activation=activation,
+        eta=None if eta is None else tuple(eta),
+        layer_norm_gate=layer_norm_gate,
+        zoneout=tuple(zoneout),
+        product_dtype=product_dtype,
+    )
+
+
+def _recurrence(
+    backend: str, weight: Tensor, norms: tuple[Tensor, ...], options: RecurrenceOptions
+) -> Recurrence:
+    if backend == "cpu":
+        return cpu.CompiledRecurrence(weight, norms, options)
+    assert backend == "fused", backend
+    return FusedRecurrence(weight, norms, options)
+
+
+def _pieces(steps: int, interval: int | None) -> list[tuple[int, int]]:
+    """First and last step of every piece of time."""
+    interval = max(1, steps if interval is None else interval)
+    return [(first, min(first + interval, steps)) for first in range(0, steps, interval)]
+
+
+def _project(input: Tensor, weight_ih: Tensor, bias: Tensor, options: RecurrenceOptions) -> Tensor:
+    """The inputs' share of all pre-activations, `(T, K, B, 3N)`."""
+    if len(weight_ih) == 1 and options.product_dtype is None:
+        shares = cpu.linear(input.flatten(0, 2), weight_ih[0], bias[0])
+        return shares.view(*input.shape[:3], weight_ih.shape[1])
+    return _products(input, weight_ih, options) + bias.unsqueeze(1)
+
+
+def _products(values: Tensor, weight: Tensor, options: RecurrenceOptions) -> Tensor:
+    """Values weight' in every replica: `(T, K, B, M)` by `(K, P, M)` to `(T, K, B, P)`."""
+    dtype = options.product_dtype or values.dtype
+    if len(weight) == 1:
+        product = cpu.linear(values.flatten(0, 2).to(dtype), weight[0].to(dtype), None)
+        return product.view(*values.shape[:3], weight.shape[1]).to(values.dtype)
+    return (values.to(dtype) @ weight.to(dtype).mT).to(values.dtype)
+
+
+def _add_gradient(total: Tensor, grad: Tensor, values: Tensor, options: RecurrenceOptions) -> None:
+    """Adds grad' values, summed over time and batch, to a weight's gradient in every replica."""
+    dtype = options.product_dtype or total.dtype
+    grad, values = grad.to(dtype), values.to(dtype)
+    if len(total) == 1:
+        cpu.add_product(total[0], grad.flatten(0, 2), values.flatten(0, 2))
+    else:
+        grad, values = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (grad, values))
+        total += grad.mT @ values

@@ -1,4 +1,8 @@
-"""One time step of a RUM and its gradient by hand, around any rotation of the hidden state."""
+"""One time step of a RUM and its gradient by hand, around any rotation of the hidden state.
+
+Shapes: [..., N] where nothing else is said; target and update gate together, `gates`, are
+[..., 2, N]. Layer norms and eta are given such that they broadcast against these.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,26 +30,9 @@ _DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-Weights = tuple[Tensor, Tensor, Tensor | None, Tensor]
-"""Of a RUM cell: `weight_ih (3N, input_size)`, `bias (2N,)`, `embedding_bias (N,)` or None, and
-`weight_hh (2N, N)`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecurrenceOptions:
-    """What the fused recurrence computes, tensors apart."""
-
-    activation: str
-    eta: float | None
-    layer_norm_gate: str | None
-    """None (no layer norm), "post_sigmoid" or "pre_sigmoid"."""
-    zoneout: float
-    """Probability of keeping the previous state; used as an expectation where no mask is given."""
-
-
 @dataclass
 class RotationGradients:
-    """Gradients of a rotation's inputs, [B, N]."""
+    """Gradients of a rotation's inputs."""
 
     source: Tensor
     target: Tensor
@@ -62,7 +49,17 @@ class Rotation(Protocol):
 
 
 Rotate = Callable[[Tensor, Tensor, Tensor], Rotation]
-"""Turns, with source, target and vector [B, N]."""
+"""Turns, with source, target and vector."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What a step computes, tensors that are learned apart."""
+
+    activation: str
+    eta: float | Tensor | None
+    layer_norm_gate: str | None
+    """None (no layer norm), "post_sigmoid" or "pre_sigmoid"."""
 
 
 @dataclass
@@ -86,37 +83,37 @@ def _normal(x: Tensor) -> _Normal:
 
 @dataclass
 class Step:
-    """The intermediate values of one time step that backward needs, [B, N] unless said."""
+    """The intermediate values of one time step that backward needs."""
 
     update: Tensor
     sigmoid: Tensor
-    gates_normal: _Normal | None  # [B, 2, N]: target and update gate
+    gates_normal: _Normal | None  # [..., 2, N]
     rotation: Rotation
     total_normal: _Normal | None
     candidate: Tensor
     mixed: Tensor
-    squared_norm: Tensor | None  # [B, 1], of `mixed`
+    squared_norm: Tensor | None  # [..., 1], of `mixed`
     normalized: Tensor
 
 
 def forward(
-    pre: Tensor,
+    gates: Tensor,
     embedded: Tensor,
     hidden: Tensor,
-    norms: tuple[Tensor, ...] | list[Tensor],
-    options: RecurrenceOptions,
+    norms: tuple[Tensor, ...],
+    options: StepOptions,
     rotate: Rotate,
 ) -> Step:
-    """One step up to (not including) zoneout; `pre` is [B, 2, N], the rest [B, N]."""
+    """One step up to (not including) zoneout; `gates` before sigmoid and layer norm."""
     gates_normal = total_normal = squared_norm = None
-    target, sigmoid = pre[:, 0], pre[:, 1]
+    target, sigmoid = gates.unbind(-2)
     if options.layer_norm_gate == "pre_sigmoid":
-        gates_normal = _normal(pre)
-        target, sigmoid = _scaled(gates_normal.standard, norms).unbind(1)
+        gates_normal = _normal(gates)
+        target, sigmoid = _scaled(gates_normal, norms).unbind(-2)
     update = sigmoid = torch.sigmoid(sigmoid)
     if options.layer_norm_gate == "post_sigmoid":
-        gates_normal = _normal(torch.stack((target, sigmoid), 1))
-        target, update = _scaled(gates_normal.standard, norms).unbind(1)
+        gates_normal = _normal(torch.stack((target, sigmoid), -2))
+        target, update = _scaled(gates_normal, norms).unbind(-2)
     rotation = rotate(embedded, target, hidden)
     total = embedded + rotation.turned
     if norms:
@@ -140,17 +137,15 @@ def forward(
     )
 
 
-def _scaled(standard: Tensor, norms: tuple[Tensor, ...] | list[Tensor]) -> Tensor:
-    """Gain and shift of target and update gate on [B, 2, N]."""
-    shape = standard.shape[1:]
-    return torch.addcmul(norms[1].view(shape), standard, norms[0].view(shape))
+def _scaled(normal: _Normal, norms: tuple[Tensor, ...]) -> Tensor:
+    return torch.addcmul(norms[1], normal.standard, norms[0])
 
 
 @dataclass
 class Gradients:
-    """Of one step's inputs: the direct part of hidden, without that through `pre`."""
+    """Of one step's inputs: the direct part of hidden, without that through `gates`."""
 
-    pre: Tensor
+    gates: Tensor
     embedded: Tensor
     hidden: Tensor
 
@@ -159,9 +154,9 @@ def backward(
     step: Step,
     hidden: Tensor,
     grad: Tensor,
-    norms: list[Tensor],
-    grad_norms: list[Tensor],
-    options: RecurrenceOptions,
+    norms: tuple[Tensor, ...],
+    grad_norms: tuple[Tensor, ...],
+    options: StepOptions,
 ) -> Gradients:
     """Gradients of `forward` from that of `normalized`; adds to those of the layer norms."""
     if options.eta is not None and step.squared_norm is not None:
@@ -173,26 +168,32 @@ def backward(
     grad_mixed = grad * step.update
     grad = (grad - grad_mixed) * _DERIVATIVES[options.activation](step.candidate)
     if step.total_normal is not None:
-        grad_norms[2] += (grad * step.total_normal.standard).sum(0)
-        grad_norms[3] += grad.sum(0)
-        grad = step.total_normal.backward(grad * norms[2])
+        grad = _norm_backward(step.total_normal, grad, norms[2], grad_norms[2:])
     turned = step.rotation.backward(hidden, grad)
 
     through_sigmoid = step.sigmoid * (1 - step.sigmoid)
     if options.layer_norm_gate != "post_sigmoid":
         grad_update = grad_update * through_sigmoid
-    grad_pre = torch.stack((turned.target, grad_update), 1)
+    grad_gates = torch.stack((turned.target, grad_update), -2)
     if step.gates_normal is not None:
-        grad_norms[0] += (grad_pre * step.gates_normal.standard).sum(0).flatten()
-        grad_norms[1] += grad_pre.sum(0).flatten()
-        grad_pre = step.gates_normal.backward(grad_pre * norms[0].view(grad_pre.shape[1:]))
+        grad_gates = _norm_backward(step.gates_normal, grad_gates, norms[0], grad_norms[:2])
     if options.layer_norm_gate == "post_sigmoid":
-        grad_pre[:, 1] *= through_sigmoid
-    return Gradients(grad_pre, grad + turned.source, grad_mixed + turned.vector)
+        grad_gates[..., 1, :] *= through_sigmoid
+    return Gradients(grad_gates, grad + turned.source, grad_mixed + turned.vector)
+
+
+def _norm_backward(
+    normal: _Normal, grad: Tensor, gain: Tensor, grad_norms: tuple[Tensor, ...]
+) -> Tensor:
+    """Gradient of what was normalised; adds to those of gain and shift."""
+    of_gain, of_shift = grad_norms
+    of_gain += (grad * normal.standard).sum_to_size(of_gain.shape)
+    of_shift += grad.sum_to_size(of_shift.shape)
+    return normal.backward(grad * gain)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row dot products, [B, 1]."""
+    """Row dot products, [..., 1]."""
     return (a * b).sum(-1, keepdim=True)
 
 
@@ -202,11 +203,3 @@ def unit(vector: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     is_zero = squared_norm < SQUARED_NORM_FLOOR
     inverse_norm = torch.rsqrt(squared_norm.masked_fill(is_zero, 1.0))
     return vector * inverse_norm, inverse_norm, is_zero
-
-
-def refuse_second_derivative(what: str) -> None:
-    """Raises RuntimeError in a backward pass under create_graph=True: terms would be missing."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"the {what} RUM recurrence cannot be differentiated twice: use backend='reference'"
-        )
