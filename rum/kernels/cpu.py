@@ -81,6 +81,12 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it calls the system
+def is_built() -> bool:
+    """Whether there is a library."""
+    return library() is not None
+
+
 def unserved(size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why this backend cannot serve a request; None where it can."""
     if device.type != "cpu":
@@ -89,7 +95,7 @@ def unserved(size: int, dtype: torch.dtype, device: torch.device) -> str | None:
         return f"computes in float32, got {dtype}"
     if size > LARGEST_SIZE:
         return f"takes hidden sizes up to {LARGEST_SIZE}, got {size}"
-    if library() is None:
+    if not is_built():
         return (
             "is not there: the package was installed without a C compiler, or it cannot be loaded"
         )
