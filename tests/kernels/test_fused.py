@@ -10,8 +10,9 @@ from torch import Tensor
 from rum.cells import RUMCell
 from rum.errors import ConfigError
 from rum.kernels.cpu import library
-from rum.kernels.fused import rum_recurrence
-from rum.kernels.step import RecurrenceOptions
+from rum.kernels.recurrence import RecurrenceOptions
+from rum.kernels.sequence import Weights
+from rum.kernels.sequence import run as run_sequence
 
 STEPS, BATCH, INPUT_SIZE, SIZE = 4, 3, 4, 5
 LAYER_NORMS = {
@@ -301,9 +302,10 @@ def test_second_derivative_of_the_fused_backend_raises_whatever_the_loss(
     cell = random_cell(backend="fused", activation="tanh")
     input = draw(STEPS, BATCH, INPUT_SIZE).requires_grad_()
     output, _ = cell.unroll(input)
+    (gradient,) = torch.autograd.grad(loss(output), input, create_graph=True)
 
-    with pytest.raises(RuntimeError, match="twice"):
-        torch.autograd.grad(loss(output), input, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice: use backend='reference'"):
+        gradient.sum().backward()
 
 
 def test_second_derivative_of_the_reference_backend_is_right() -> None:
@@ -313,11 +315,33 @@ def test_second_derivative_of_the_reference_backend_is_right() -> None:
     assert torch.autograd.gradgradcheck(lambda x, h: cell.unroll(x, (h,))[0], leaves)
 
 
+@pytest.mark.parametrize("lambda_", [0, 1])
+@pytest.mark.parametrize("layer_norm", LAYER_NORMS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_is_for_the_reference(dtype: torch.dtype) -> None:
-    cell = RUMCell(INPUT_SIZE, SIZE, backend="fused", dtype=dtype)
-    with pytest.raises(ConfigError, match="computes in float32 or float64, got weights in torch"):
-        cell.unroll(torch.zeros(2, 1, INPUT_SIZE, dtype=dtype))
+def test_half_precision_weights_follow_float64(
+    dtype: torch.dtype, layer_norm: str, lambda_: int
+) -> None:
+    options: dict[str, Any] = {"layer_norm": layer_norm, "activation": "tanh", "eta": 1.0}
+    cell = random_cell(backend="fused", dtype=dtype, lambda_=lambda_, **options)
+    exact = random_cell(backend="reference", lambda_=lambda_, **options)
+    exact.load_state_dict(cell.state_dict())  # the rounded weights
+    input = draw(STEPS, BATCH, INPUT_SIZE, dtype=dtype).requires_grad_()
+
+    output, (last, *memory) = cell.unroll(input)
+    expected, _ = exact.unroll(input.double())
+
+    assert output.dtype == last.dtype == dtype
+    assert all(matrix.dtype == torch.float32 for matrix in memory)
+    assert relative(output, expected) < 3e-2
+    ours = torch.autograd.grad(output.sum(), (input, *cell.parameters()))
+    theirs = torch.autograd.grad(expected.sum(), (input, *exact.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == dtype
+        assert relative(a, b) < 3e-2
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float(((actual.double() - expected).norm() / expected.norm()).detach())
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "fused"])
@@ -350,28 +374,28 @@ def test_an_unknown_backend_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lambda_", "dtype", "node"),
+    ("lambda_", "dtype", "backend"),
     [
-        (0.0, torch.float64, "_FusedRecurrence"),
-        (1.0, torch.float64, "_MemoryRecurrence"),
-        (0.0, torch.float32, "_FusedRecurrence" if library() is None else "_Sequence"),
-        (0.0, torch.bfloat16, "Stack"),  # the reference does norms and rotation in float32
-        (1.0, torch.float32, "_MemoryRecurrence" if library() is None else "_Sequence"),
-        (1.0, torch.bfloat16, "Stack"),
-        (0.5, torch.float64, "Stack"),
+        (0.0, torch.float64, "fused"),
+        (1.0, torch.float64, "fused"),
+        (0.5, torch.float64, "reference"),
+        (0.0, torch.float32, "fused" if library() is None else "cpu"),
+        (1.0, torch.float32, "fused" if library() is None else "cpu"),
+        (0.0, torch.bfloat16, "fused" if library() is None else "cpu"),
+        (1.0, torch.float16, "fused" if library() is None else "cpu"),
     ],
     ids=str,
 )
-def test_auto_is_fused_in_full_precision_without_memory(
-    lambda_: float, dtype: torch.dtype, node: str
+def test_auto_is_the_fastest_that_can_serve_and_says_so_once(
+    lambda_: float, dtype: torch.dtype, backend: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     cell = random_cell(backend="auto", lambda_=lambda_, dtype=dtype)
-
-    output, _ = cell.unroll(draw(STEPS, BATCH, INPUT_SIZE, dtype=dtype))
-
-    # the reference ends in a stack of steps, the fused backend in its own node
-    assert output.grad_fn is not None
-    assert output.grad_fn.name().removeprefix("torch.autograd.function.").startswith(node)
+    with caplog.at_level("DEBUG", logger="rum.cells.rum"):
+        for _ in range(2):
+            cell.unroll(draw(STEPS, BATCH, INPUT_SIZE, dtype=dtype))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"RUM runs on backend {backend!r} (cpu)"
+    ]
 
 
 def saved_elements(cell: RUMCell, input: Tensor, hidden: Tensor) -> int:
@@ -410,6 +434,34 @@ def test_fused_saves_four_states_a_step_and_the_zoneout_mask(
     assert exact - length * batch <= saved <= exact + 0.1 * length * batch * size
 
 
+def test_with_recompute_fused_saves_one_state_a_step() -> None:
+    length, batch, size = 20, 8, 32
+    cell = random_cell(backend="fused", eta=1.0, sizes=(1, size))
+    cell.recompute = True
+    input, hidden = draw(length, batch, 1), draw(batch, size)
+
+    saved = saved_elements(cell, input, hidden)
+
+    exact = length * batch * size + batch * size + length * batch
+    assert exact <= saved <= exact + 0.1 * length * batch * size
+
+
+@pytest.mark.parametrize("lambda_", [0, 1])
+@pytest.mark.parametrize("layer_norm", LAYER_NORMS)
+def test_recompute_gives_the_same_gradients(layer_norm: str, lambda_: int) -> None:
+    options: dict[str, Any] = {"layer_norm": layer_norm, "eta": 0.7, "lambda_": lambda_}
+    cell, recomputed = (random_cell(backend="fused", **options) for _ in range(2))
+    recomputed.recompute = True
+    input = draw(150, BATCH, INPUT_SIZE).requires_grad_()  # past a checkpoint of the memory
+
+    gradients = [
+        torch.autograd.grad(each.unroll(input)[0].square().sum(), (input, *each.parameters()))
+        for each in (cell, recomputed)
+    ]
+
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-9)
+
+
 def test_fused_saves_a_fraction_of_the_reference() -> None:
     sizes = (1, 32)
     input, hidden = draw(20, 8, 1), draw(8, 32)
@@ -426,19 +478,29 @@ def test_fused_saves_a_fraction_of_the_reference() -> None:
     assert reference > 3 * fused
 
 
+def recurrence(
+    input: Tensor, hidden: Tensor, weights: Weights, options: RecurrenceOptions
+) -> Tensor:
+    """Outputs without replicas."""
+    outputs, _ = run_sequence(
+        "fused", input.unsqueeze(1), hidden.unsqueeze(0), None, weights, None, options
+    )
+    return outputs.squeeze(1)
+
+
 def test_gradient_of_the_recurrent_weight_is_the_sum_over_the_steps() -> None:
     options = RecurrenceOptions(
-        activation="tanh", eta=0.7, layer_norm_gate="post_sigmoid", zoneout=0.2
+        activation="tanh", eta=(0.7,), layer_norm_gate="post_sigmoid", zoneout=(0.2,)
     )
-    projected, embedded = draw(STEPS, BATCH, 2 * SIZE), draw(STEPS, BATCH, SIZE, seed=3)
-    hidden, weight = draw(BATCH, SIZE, seed=4), draw(2 * SIZE, SIZE, seed=5)
+    input, weight_ih = draw(STEPS, BATCH, INPUT_SIZE), draw(1, 3 * SIZE, INPUT_SIZE, seed=3)
+    hidden, weight = draw(BATCH, SIZE, seed=4), draw(1, 2 * SIZE, SIZE, seed=5)
     norms = tuple(
-        draw(n, seed=seed) for n, seed in ((2 * SIZE, 6), (2 * SIZE, 7), (SIZE, 8), (SIZE, 9))
+        draw(1, n, seed=seed) for n, seed in ((2 * SIZE, 6), (2 * SIZE, 7), (SIZE, 8), (SIZE, 9))
     )
-    loss_weight = draw(STEPS, BATCH, SIZE, seed=10)
+    bias, loss_weight = draw(1, 3 * SIZE, seed=11), draw(STEPS, BATCH, SIZE, seed=10)
 
     whole = weight.clone().requires_grad_()
-    output = rum_recurrence(projected, embedded, hidden, whole, norms, None, options)
+    output = recurrence(input, hidden, (weight_ih, bias, whole, norms), options)
     (gradient,) = torch.autograd.grad((output * loss_weight).sum(), whole)
 
     # the same sequence in runs of one step, each with a weight of its own
@@ -446,11 +508,8 @@ def test_gradient_of_the_recurrent_weight_is_the_sum_over_the_steps() -> None:
     weights, outputs = [], []
     for t in range(STEPS):
         weights.append(weight.clone().requires_grad_())
-        step = slice(t, t + 1)
-        output = rum_recurrence(
-            projected[step], embedded[step], state, weights[t], norms, None, options
-        )
-        state = output[0]
+        of_step = (weight_ih, bias, weights[t], norms)
+        state = recurrence(input[t : t + 1], state, of_step, options)[0]
         outputs.append(state)
     by_step = torch.autograd.grad((torch.stack(outputs) * loss_weight).sum(), weights)
     assert min(float(each.abs().max()) for each in by_step) > 1e-3
@@ -492,30 +551,15 @@ def test_a_non_contiguous_input_gives_the_values_and_gradients_of_a_copy() -> No
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("order", [(1, 2, 0), (2, 0, 1), (0, 2, 1)], ids=str)
-def test_the_recurrence_takes_tensors_in_any_memory_order(order: tuple[int, ...]) -> None:
-    options = RecurrenceOptions(activation="tanh", eta=None, layer_norm_gate=None, zoneout=0.0)
-    back = [order.index(axis) for axis in range(3)]
-    plain = (
-        draw(STEPS, BATCH, 2 * SIZE),
-        draw(STEPS, BATCH, SIZE, seed=3),
-        draw(BATCH, SIZE, seed=4),
-        draw(2 * SIZE, SIZE, seed=5),
-    )
-    strange = (
-        *(tensor.permute(order).contiguous().permute(back) for tensor in plain[:2]),
-        *(tensor.t().contiguous().t() for tensor in plain[2:]),
-    )
-    assert not any(tensor.is_contiguous() for tensor in strange)
+def test_weights_in_any_memory_order() -> None:
+    plain, strange = random_cell(backend="fused"), random_cell(backend="fused")
+    for name in ("weight_ih", "weight_hh"):
+        turned = getattr(strange, name).detach().t().contiguous().t()
+        assert not turned.is_contiguous()
+        setattr(strange, name, torch.nn.Parameter(turned))
+    inputs = draw(STEPS, BATCH, INPUT_SIZE), draw(BATCH, SIZE, seed=3)
 
-    results = []
-    for tensors in (strange, plain):
-        leaves = tuple(tensor.requires_grad_() for tensor in tensors)
-        output = rum_recurrence(*leaves, (), None, options)
-        gradients = torch.autograd.grad(output.square().sum(), leaves)
-        results.append((output.detach(), *gradients))
-
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-13)
+    torch.testing.assert_close(run(strange, *inputs), run(plain, *inputs), rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rum.cells import RUMCell
 from rum.errors import ConfigError
-from rum.kernels import memory
+from rum.kernels import memory, sequence
 
 STEPS, BATCH, INPUT_SIZE, SIZE = 12, 3, 4, 5
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -118,7 +118,7 @@ def test_degenerate_angles(degrees: float | str) -> None:
 
 
 def test_long_sequences_pass_their_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CHECKPOINT_INTERVAL", 4)
+    monkeypatch.setattr(sequence, "CHECKPOINT_INTERVAL", 4)
     reference, fused = cells()
     start = torch.linalg.qr(draw(BATCH, SIZE, SIZE, seed=4)).Q
     for steps in (1, 3, 4, 5, 8, 11):
@@ -152,10 +152,10 @@ def test_undoing_a_thousand_rotations_comes_back_to_the_identity(interval: int) 
     seen = []
     for source, target in turns:
         seen.append(matrix.clone())
-        memory._advance(matrix, source, target, source)
+        memory.advance(matrix)(source, target, source)
     identity = torch.eye(50).expand(4, -1, -1)
     assert (matrix @ matrix.mT - identity).abs().max() < 2e-5
-    undone = memory._Undone.begin(matrix, None)
+    undone = memory.Undone(matrix.clone(), torch.zeros_like(matrix))
     for t in reversed(range(1000)):
         if (t + 1) % interval == 0:
             undone.matrix.copy_(seen[t + 1] if t + 1 < 1000 else matrix)
@@ -224,5 +224,6 @@ def test_a_second_derivative_is_refused() -> None:
     _, fused = cells()
     input = draw(STEPS, BATCH, INPUT_SIZE).requires_grad_()
     outputs, _ = fused.unroll(input)
+    (gradient,) = torch.autograd.grad(outputs.sum(), input, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.grad(outputs.sum(), input, create_graph=True)
+        gradient.sum().backward()
