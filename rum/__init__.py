@@ -16,6 +16,7 @@ from rum.layers import (
     HyperLSTM,
     WeiNet,
 )
+from rum.replicas import Replicas
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "FastWeights",
     "HighwayRUM",
     "HyperLSTM",
+    "Replicas",
     "WeiNet",
     "__version__",
     "functional",

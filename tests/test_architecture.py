@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "kernels": {"functional", "kernels", "errors"},
     "cells": {"cells", "functional", "kernels", "checks", "errors"},
     "layers.py": {"cells", "checks"},
+    "replicas.py": {"cells", "layers"},
     "models.py": {"cells", "layers", "checks", "errors"},
     "memory_network.py": {"cells", "checks", "errors"},
     "diagnostics.py": {"cells"},

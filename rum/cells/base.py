@@ -71,14 +71,17 @@ class Cell(nn.Module, ABC):
         """
         length, batch_size, _ = input.shape
         state = self.begin(input, state)
-        noise = self.sample_noise(length, batch_size)
+        return self.unroll_steps(input, state, self.sample_noise(length, batch_size))
+
+    def unroll_steps(self, input: Tensor, state: State, noise: Noise) -> tuple[Tensor, State]:
+        """Runs a sequence step by step, with the noise of the sequence drawn already."""
         projected = self.project(input)
         outputs = []
-        for t in range(length):
+        for t in range(len(input)):
             output, state = self.step(projected[t], state, noise_at(noise, t))
             outputs.append(output)
         if not outputs:
-            return input.new_zeros(0, batch_size, self.hidden_size), state
+            return input.new_zeros(0, input.shape[1], self.hidden_size), state
         return torch.stack(outputs), state
 
     def forward(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -130,9 +133,11 @@ def first_mask(noise: Noise) -> Tensor | None:
     return mask
 
 
-def bernoulli_mask(probability: float, *shape: int, like: Tensor) -> Tensor:
+def bernoulli_mask(
+    probability: float, *shape: int, like: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
     """Draws ones with `probability`, zeros otherwise, on the device and in the dtype of `like`."""
-    draw = torch.rand(*shape, device=like.device, dtype=torch.float32)
+    draw = torch.rand(*shape, device=like.device, dtype=torch.float32, generator=generator)
     return (draw < probability).to(like.dtype)
 
 

@@ -202,12 +202,15 @@ class RUMCell(Cell):
         identity = torch.eye(self.hidden_size, device=device, dtype=full)
         return hidden, identity.expand(batch_size, -1, -1)
 
-    def sample_noise(self, length: int, batch_size: int) -> Noise:
-        """Draws the zoneout mask `(T, B, N)`."""
+    def sample_noise(
+        self, length: int, batch_size: int, generator: torch.Generator | None = None
+    ) -> Noise:
+        """Draws the zoneout mask `(T, B, N)`, from torch's default generator or another."""
         if not self.training or self.zoneout == 0:
             return ()
         shape = (length, batch_size, self.hidden_size)
-        return (bernoulli_mask(self.zoneout, *shape, like=self.weight_hh),)
+        mask = bernoulli_mask(self.zoneout, *shape, like=self.weight_hh, generator=generator)
+        return (mask,)
 
     def project(self, input: Tensor) -> Tensor:
         """Input shares of target and update gate, and the embedded input: `(..., 3N)`."""
@@ -283,7 +286,7 @@ class RUMCell(Cell):
     def unroll(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Runs a sequence on the backend in force; see `Cell.unroll`."""
         state = self.begin(input, state)
-        backend = self._choose_backend(state)
+        backend = self.choose_backend(state)
         if backend == "reference":
             return super().unroll(input, state)
         mask = first_mask(self.sample_noise(input.shape[0], input.shape[1]))
@@ -296,7 +299,12 @@ class RUMCell(Cell):
         )
         return outputs.squeeze(1), tuple(tensor.squeeze(0) for tensor in state)
 
-    def _choose_backend(self, state: State) -> str:
+    def choose_backend(self, state: State) -> str:
+        """Names the backend that runs sequences from `state`; the first time it is logged.
+
+        Raises:
+            ConfigError: If the one that was asked for cannot.
+        """
         if self.observer is not None:
             return "reference"  # the only one that computes what is observed
         weight = self.weight_hh
@@ -363,7 +371,7 @@ def unroll_replicas(
         backend, input, hidden, memory, weights, mask, options, recompute=cell.recompute
     )
     outputs = outputs.to(torch.promote_types(input.dtype, cell.weight_hh.dtype))
-    last = outputs[-1] if len(outputs) else hidden
+    last = outputs[-1] if outputs.shape[0] else hidden
     return outputs, (last,) if memory is None else (last, memory)
 
 

@@ -118,10 +118,10 @@ def _sequence(
         matrix = None
         if memory is not None:
             matrix = memory.clone(memory_format=torch.contiguous_format)
-        checkpoints = input.new_empty(_checkpoints_shape(len(input), memory))
+        checkpoints = input.new_empty(_checkpoint_elements(input.shape[0], memory))
         for first, last in _pieces(len(input), None if matrix is None else CHECKPOINT_INTERVAL):
-            if matrix is not None and first:
-                checkpoints[first // CHECKPOINT_INTERVAL - 1] = matrix
+            if matrix is not None:
+                checkpoints.view(-1, *matrix.shape)[first // CHECKPOINT_INTERVAL] = matrix
             recurrence.forward(
                 pre[first:last],
                 outputs[first - 1] if first else hidden,
@@ -147,14 +147,13 @@ def _(  # type: ignore[no-untyped-def]  # the operator's arguments, named above
         input.new_empty(*leading, hidden.shape[-1]),
         input.new_empty(0 if memory is None else memory.shape),
         input.new_empty(0) if recompute else input.new_empty(*leading, weight_ih.shape[1]),
-        input.new_empty(_checkpoints_shape(len(input), memory)),
+        input.new_empty(_checkpoint_elements(input.shape[0], memory)),
     )
 
 
-def _checkpoints_shape(steps: int, memory: Tensor | None) -> tuple[int, ...]:
-    if memory is None:
-        return (0,)
-    return (max(0, steps - 1) // CHECKPOINT_INTERVAL, *memory.shape)
+def _checkpoint_elements(steps: int, memory: Tensor | None) -> int:
+    """Of the memories before every piece of time; one axis, which torch.export keeps dynamic."""
+    return 0 if memory is None else -(-steps // CHECKPOINT_INTERVAL) * memory.numel()
 
 
 @torch.library.custom_op("rum::sequence_backward", mutates_args=())
@@ -206,7 +205,7 @@ def _sequence_backward(
         )
         for first, last in reversed(pieces):
             if matrix is not None and last < steps:
-                matrix.copy_(checkpoints[last // CHECKPOINT_INTERVAL - 1])
+                matrix.copy_(checkpoints.view(-1, *matrix.shape)[last // CHECKPOINT_INTERVAL])
             before = outputs[first - 1] if first else hidden
             if first:
                 states = outputs[first - 1 : last - 1]

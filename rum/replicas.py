@@ -1,0 +1,186 @@
+"""Many small models at once: RUM layers of one shape side by side, for the price of about one."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rum.cells import RUMCell, State
+from rum.cells.base import bernoulli_mask, first_mask
+from rum.cells.rum import unroll_replicas
+from rum.layers import RUM
+
+
+class Replicas(nn.Module):
+    """K layers of one shape with weights of their own, each on its own input, in one kernel.
+
+    ```
+    layers = [rum.RUM(10, 100, eta=eta) for eta in (0.5, 1.0, 2.0)]
+    replicas = rum.Replicas(layers, seeds=[1, 2, 3])
+    optimizer = Adam([{"params": layer.parameters(), "lr": lr} for layer, lr in ...])
+    output, state = replicas(input)         # (3, T, B, 10) to (3, T, B, 100)
+    ```
+
+    A small recurrence leaves most of a device idle; its replicas fill it. The layers stay what
+    they are: parameters, learning rates, clipping and checkpoints are each layer's own, and
+    `replicas[k] = layer` gives a place to another one. They may differ in weights, eta, zoneout,
+    dropout and the seed of their masks, not in sizes and other options.
+
+    Shapes: those of the layers with the replica first: input `(K, T, B, input_size)`, or
+    `(K, B, T, input_size)` with `batch_first`; state tensors `(K, num_layers, B, ...)`.
+    """
+
+    def __init__(self, layers: Sequence[RUM], *, seeds: Sequence[int] | None = None) -> None:
+        """Puts layers side by side.
+
+        Args:
+            layers: At least one.
+            seeds: One a layer: its masks (zoneout, dropout) come from a generator of its own, on
+                the device that the layer is on now, so that they do not depend on its neighbours;
+                None: all come from torch's default generator.
+
+        Raises:
+            ValueError: If the layers differ in more than they may, or seeds are too few or many.
+        """
+        super().__init__()
+        if not layers:
+            raise ValueError("layers must be at least one, got none")
+        if seeds is not None and len(seeds) != len(layers):
+            raise ValueError(f"seeds must be one for each of {len(layers)} layers, got {seeds}")
+        self.layers = nn.ModuleList(layers[:1])
+        for layer in layers[1:]:
+            self._check(layer)
+            self.layers.append(layer)
+        self.generators: list[torch.Generator | None] = [None] * len(layers)
+        if seeds is not None:
+            self.generators = [
+                torch.Generator(next(layer.parameters()).device).manual_seed(seed)
+                for layer, seed in zip(layers, seeds, strict=True)
+            ]
+
+    def __len__(self) -> int:
+        """K."""
+        return len(self.layers)
+
+    def __getitem__(self, index: int) -> RUM:
+        """The layer at a place."""
+        layer = self.layers[index]
+        assert isinstance(layer, RUM)
+        return layer
+
+    def __setitem__(self, index: int, layer: RUM) -> None:
+        """Gives a place to another layer.
+
+        Raises:
+            ValueError: If it differs from the others in more than it may.
+        """
+        self._check(layer)
+        self.layers[index] = layer
+
+    def forward(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Runs every layer on its own sequences; see the class for shapes.
+
+        Raises:
+            ValueError: If a shape does not fit.
+        """
+        if input.dim() != 4 or len(input) != len(self):
+            raise ValueError(
+                f"input must have {len(self)} replicas first and 4 dimensions, got shape "
+                f"{tuple(input.shape)}"
+            )
+        if state is not None and any(
+            tensor.shape[:2] != (len(self), self[0].num_layers) for tensor in state
+        ):
+            raise ValueError(
+                f"state tensors must have {len(self)} replicas and {self[0].num_layers} layers "
+                f"first, got shapes {[tuple(tensor.shape) for tensor in state]}"
+            )
+        batch_first = self[0].batch_first
+        output = input.permute(2, 0, 1, 3) if batch_first else input.transpose(0, 1)
+        states = []
+        for index in range(self[0].num_layers):
+            if index:
+                output = self._drop(output)
+            before = None if state is None else tuple(tensor[:, index] for tensor in state)
+            output, after = self._unroll(index, output, before)
+            states.append(after)
+        new_state = tuple(torch.stack(tensors, 1) for tensors in zip(*states, strict=True))
+        return output.permute(1, 2, 0, 3) if batch_first else output.transpose(0, 1), new_state
+
+    def _unroll(self, index: int, input: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """One layer of cells; input and output `(T, K, B, ...)`, states `(K, B, ...)`."""
+        cells = [_cell(self[lane], index) for lane in range(len(self))]
+        begun = [
+            cell.begin(input[:, lane], None if state is None else tuple(s[lane] for s in state))
+            for lane, cell in enumerate(cells)
+        ]
+        backend = cells[0].choose_backend(begun[0])
+        length, _, batch_size, _ = input.shape
+        noises = [
+            cell.sample_noise(length, batch_size, generator)
+            for cell, generator in zip(cells, self.generators, strict=True)
+        ]
+        if backend == "reference":
+            lanes = [
+                cell.unroll_steps(input[:, lane], begun[lane], noises[lane])
+                for lane, cell in enumerate(cells)
+            ]
+            outputs, after = zip(*lanes, strict=True)
+            return torch.stack(outputs, 1), _joined(after)
+        masks = [first_mask(noise) for noise in noises]
+        mask = None
+        if any(each is not None for each in masks):
+            none = input.new_zeros(length, batch_size, cells[0].hidden_size)
+            mask = torch.stack([none if each is None else each for each in masks], 1)
+        return unroll_replicas(cells, backend, input, _joined(begun), mask)
+
+    def _drop(self, output: Tensor) -> Tensor:
+        """Dropout between layers, with each layer's own probability."""
+        if not self.training or not any(self[lane].dropout for lane in range(len(self))):
+            return output
+        scales = []
+        for lane, generator in enumerate(self.generators):
+            keep, values = 1 - self[lane].dropout, output[:, lane]
+            mask = bernoulli_mask(keep, *values.shape, like=values, generator=generator)
+            scales.append(mask / keep)
+        return output * torch.stack(scales, 1)
+
+    def _check(self, layer: RUM) -> None:
+        expected, got = _shape(self[0]), _shape(layer)
+        different = {name: got[name] for name in got if got[name] != expected[name]}
+        if different:
+            first = {name: expected[name] for name in different}
+            raise ValueError(f"layers must be equal in {first}, got one with {different}")
+
+
+def _cell(layer: RUM, index: int) -> RUMCell:
+    cell = layer.cells[index]
+    assert isinstance(cell, RUMCell)
+    return cell
+
+
+def _joined(states: Sequence[State]) -> State:
+    """States of all lanes as tensors `(K, B, ...)`."""
+    return tuple(torch.stack(tensors) for tensors in zip(*states, strict=True))
+
+
+def _shape(layer: RUM) -> dict[str, object]:
+    """What replicas must have in common."""
+    cell = _cell(layer, 0)
+    return {
+        "input_size": layer.input_size,
+        "hidden_size": layer.hidden_size,
+        "num_layers": layer.num_layers,
+        "batch_first": layer.batch_first,
+        "lambda_": cell.lambda_,
+        "lambda_trainable": cell.lambda_trainable,
+        "orthonormalize": cell.orthonormalize,
+        "has eta": cell.eta is not None,
+        "layer_norm_gate": cell.layer_norm_gate,
+        "embedding_bias": cell.embedding_bias is not None,
+        "activation": cell.activation,
+        "backend": cell.backend,
+        "recompute": cell.recompute,
+        "dtype": cell.weight_hh.dtype,
+        "device": cell.weight_hh.device,
+    }
