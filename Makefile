@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 tune: $(VENV)/.installed
 	$(BIN)/python pipelines/tune_ptb.py preset=quick
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -21,8 +21,12 @@ lint: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt rum/kernels/rum_cpu.c rum/kernels/rum_cpu_product.h
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tune]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache rum/kernels/*.so
+	rm -rf $(VENV) build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache rum/kernels/*.so

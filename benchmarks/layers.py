@@ -1,24 +1,33 @@
-"""Forward and backward of a RUM on the CPU beside its own matrix products, torch.nn.LSTM and GRU.
+"""Forward and backward of a RUM on the CPU beside its own matrix products and other layers.
 
-python benchmarks/layers.py [threads]     two minutes on two cores; results/layers_cpu.json
+python benchmarks/layers.py [threads]     five minutes on two cores; results/layers_cpu.json
 
-All peers run in one process, in turns; the table shows medians and ratios. `error` is the largest
-relative difference of outputs and gradients to the reference in float64.
+All peers run in one process, in turns; the table shows medians and ratios. "equal" layers have as
+many parameters as the RUM, "eager" is a RUM written step by step in plain PyTorch, "compiled" the
+same by torch.compile (its compilation is timed apart). `error` is the largest relative difference
+of outputs and gradients to the reference in float64.
 """
 
-import copy
+import datetime
 import json
-import platform
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from peers import (
+    EagerRUM,
+    by_onednn,
+    equal_size,
+    error,
+    measure,
+    processor,
+    products,
+    training,
+)
+from torch import nn
 
 from rum.cells import RUMCell
 from rum.kernels.cpu import library
@@ -27,93 +36,38 @@ RESULTS = Path(__file__).parents[1] / "results" / "layers_cpu.json"
 INPUT_SIZE = 32
 ROUNDS = 7
 SIZES = ((256, 128, 150), (1024, 128, 50), (100, 32, 150), (50, 128, 50), (250, 1, 150))
+COMPILED = (50, 128, 50)  # torch.compile unrolls time: minutes for the longer ones
 MEMORY_SIZES = ((50, 128, 50), (100, 32, 100))
-
-Run = Callable[[], None]
-Product = Callable[[Tensor, Tensor], Tensor]
-
-
-def products(size: int, input: Tensor, product: Product) -> Run:
-    """The matrix products alone, in the order of a RUM's forward and backward pass."""
-    steps, batch, features = input.shape
-    weight, from_input = torch.randn(2 * size, size), torch.randn(3 * size, features)
-    hidden, grad = torch.randn(batch, size), torch.randn(steps, batch, 2 * size)
-    states, grad_input = torch.randn(steps * batch, size), torch.randn(steps * batch, 3 * size)
-    flat, transposed = input.reshape(-1, features), weight.t().contiguous()
-
-    def run() -> None:
-        product(flat, from_input)
-        for _ in range(steps):
-            product(hidden, weight)
-        for t in range(steps):
-            product(grad[t], transposed)
-        product(states.t(), grad.view(-1, 2 * size).t())
-        product(flat.t(), grad_input.t())
-
-    return run
-
-
-def by_onednn(a: Tensor, b: Tensor) -> Tensor:
-    """Returns a b' by the library behind nn.LSTM on the CPU."""
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return result
-
-
-def training(module: nn.Module, input: Tensor) -> Run:
-    """Forward and backward of a layer or of a cell over a sequence."""
-    call = module.unroll if isinstance(module, RUMCell) else module
-
-    def run() -> None:
-        module.zero_grad()
-        call(input)[0].sum().backward()
-
-    return run
-
-
-def error(cell: RUMCell, input: Tensor) -> float:
-    """Against the reference in float64 with the same weights."""
-    exact = copy.deepcopy(cell).double()
-    exact.backend = "reference"
-    results = []
-    for each, dtype in ((cell, torch.float32), (exact, torch.float64)):
-        output = each.unroll(input.to(dtype))[0]
-        gradients = torch.autograd.grad(output.sum(), tuple(each.parameters()))
-        results.append([tensor.double() for tensor in (output, *gradients)])
-    return max(
-        ((a - b).norm() / b.norm().clamp(min=1e-9)).item() for a, b in zip(*results, strict=True)
-    )
-
-
-def measure(peers: dict[str, Run]) -> dict[str, float]:
-    """Medians in milliseconds; peers take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    for turn in range(ROUNDS + 1):
-        for name, run in peers.items():
-            began = time.perf_counter()
-            run()
-            if turn:  # the first is to warm up
-                seconds[name].append(time.perf_counter() - began)
-    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+BACKENDS = ["reference", "fused", *(["cpu"] if library() else [])]
 
 
 def without_memory(size: int, batch: int, steps: int) -> dict[str, float]:
     """Lambda = 0."""
     torch.manual_seed(0)
     input = torch.randn(steps, batch, INPUT_SIZE)
-    backends = ["reference", "fused", *(["cpu"] if library() else [])]
-    cells = {name: RUMCell(INPUT_SIZE, size, backend=name) for name in backends}
-    fastest = cells[backends[-1]]
+    cells = {name: RUMCell(INPUT_SIZE, size, backend=name) for name in BACKENDS}
     normed = RUMCell(INPUT_SIZE, size, layer_norm=True, eta=1.0, zoneout=0.1)
+    eager = EagerRUM(INPUT_SIZE, size)
+    equal_lstm, equal_gru = (equal_size(size, INPUT_SIZE, gates) for gates in (4, 3))
     peers = {
         "products, torch.mm": products(size, input, F.linear),
         "products, oneDNN": products(size, input, by_onednn),
         **{name: training(cell, input) for name, cell in cells.items()},
         "layer norm, eta, zoneout": training(normed, input),
+        "eager": training(eager, input),
         "nn.LSTM": training(nn.LSTM(INPUT_SIZE, size), input),
         "nn.GRU": training(nn.GRU(INPUT_SIZE, size), input),
+        "equal nn.LSTM": training(nn.LSTM(INPUT_SIZE, equal_lstm), input),
+        "equal nn.GRU": training(nn.GRU(INPUT_SIZE, equal_gru), input),
     }
-    result = measure(peers)
-    result["error"] = error(fastest, input)
+    result = {}
+    if (size, batch, steps) == COMPILED:
+        peers["compiled"] = training(torch.compile(eager), input)
+        began = time.perf_counter()
+        peers["compiled"]()
+        result["seconds to compile"] = time.perf_counter() - began
+    result |= measure(peers, ROUNDS)
+    result["error"] = error(cells[BACKENDS[-1]], input)
     return result
 
 
@@ -121,10 +75,9 @@ def with_memory(size: int, batch: int, steps: int) -> dict[str, float]:
     """Lambda = 1."""
     torch.manual_seed(0)
     input = torch.randn(steps, batch, INPUT_SIZE)
-    backends = ["reference", "fused", *(["cpu"] if library() else [])]
-    cells = {name: RUMCell(INPUT_SIZE, size, lambda_=1, backend=name) for name in backends}
-    result = measure({name: training(cell, input) for name, cell in cells.items()})
-    result["error"] = error(cells[backends[-1]], input)
+    cells = {name: RUMCell(INPUT_SIZE, size, lambda_=1, backend=name) for name in BACKENDS}
+    result = measure({name: training(cell, input) for name, cell in cells.items()}, ROUNDS)
+    result["error"] = error(cells[BACKENDS[-1]], input)
     return result
 
 
@@ -150,14 +103,6 @@ print((peak() - before) / 1e6, 1000 * (time.perf_counter() - began))
     return {"gigabytes": gigabytes, backend: milliseconds}
 
 
-def processor() -> str:
-    """Its name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     """Measures, prints and keeps the table."""
     threads = int(sys.argv[1]) if len(sys.argv) > 1 else 2
@@ -167,13 +112,20 @@ def main() -> None:
         row = table[f"N {size}, B {batch}, T {steps}"] = without_memory(size, batch, steps)
         fastest = row.get("cpu", row["fused"])
         own = min(row["products, torch.mm"], row["products, oneDNN"])
+        to = {name: fastest / milliseconds for name, milliseconds in row.items()}
         print(
             f"N {size:>4} B {batch:>3} T {steps:>3}: {fastest:8.1f} ms; ratio to its own products "
-            f"{fastest / own:.2f}, nn.LSTM {fastest / row['nn.LSTM']:.2f}, "
-            f"nn.GRU {fastest / row['nn.GRU']:.2f}, fused {fastest / row['fused']:.2f}, "
-            f"reference {fastest / row['reference']:.2f}; with layer norm "
-            f"{row['layer norm, eta, zoneout'] / fastest:.2f}; error {row['error']:.0e}"
+            f"{fastest / own:.2f}, nn.LSTM {to['nn.LSTM']:.2f} (equal parameters "
+            f"{to['equal nn.LSTM']:.2f}), nn.GRU {to['nn.GRU']:.2f} ({to['equal nn.GRU']:.2f}), "
+            f"eager {to['eager']:.2f}, fused {to['fused']:.2f}, reference {to['reference']:.2f}; "
+            f"with layer norm {row['layer norm, eta, zoneout'] / fastest:.2f}; "
+            f"error {row['error']:.0e}"
         )
+        if "compiled" in row:
+            print(
+                f"    ratio to the compiled loop {to['compiled']:.2f}, which took "
+                f"{row['seconds to compile']:.0f} s to compile"
+            )
     for size, batch, steps in MEMORY_SIZES:
         row = table[f"lambda 1, N {size}, B {batch}, T {steps}"] = with_memory(size, batch, steps)
         fastest = row.get("cpu", row["fused"])
@@ -182,14 +134,19 @@ def main() -> None:
             f"{fastest / row['fused']:.2f}, reference {fastest / row['reference']:.2f}; "
             f"error {row['error']:.0e}"
         )
-    for backend in ("fused", *(["cpu"] if library() else [])):
+    for backend in BACKENDS[1:]:
         row = table[f"lambda 1, N 100, B 128, T 1020, {backend}"] = peak_gigabytes(backend)
         print(
             f"lambda 1, N 100 B 128 T 1020, {backend}: {row[backend]:.0f} ms, "
             f"{row['gigabytes']:.2f} GB more at the peak"
         )
     RESULTS.parent.mkdir(exist_ok=True)
-    about = {"threads": threads, "torch": torch.__version__, "machine": processor()}
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "machine": processor(),
+    }
     RESULTS.write_text(json.dumps({"about": about, "milliseconds": table}, indent=1))
 
 

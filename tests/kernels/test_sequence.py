@@ -165,6 +165,7 @@ def _strided(shape: tuple[int, ...], order: list[int], gap: int, seed: int) -> T
     max_examples=150,
     deadline=None,
     derandomize=True,
+    database=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 @hypothesis.given(data=st.data())
