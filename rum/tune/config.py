@@ -10,7 +10,7 @@ from rum.experiment import ExperimentConfig
 from rum.setting import PublishedConfig
 from rum.train import TrackingConfig
 
-SAMPLERS = ("random", "tpe")
+SAMPLERS = ("random", "tpe", "cmaes", "gp", "qmc", "nsga2")
 SCHEDULERS = ("none", "asha")
 
 
@@ -35,15 +35,16 @@ class SamplerConfig:
     """How new trials are chosen."""
 
     name: str = "tpe"
-    """"tpe" or "random": Optuna's own."""
+    """Optuna's own: "random", "tpe", "cmaes", "gp", "qmc" (a low-discrepancy sequence), "nsga2",
+    or the name of another class of optuna.samplers that needs no options."""
     seed: int = 0
     """Each trial's randomness comes from this and the trial's number."""
     startup_trials: int = 10
-    """Of "tpe": random trials before the model takes over."""
+    """Of "tpe", "gp" and "cmaes": random trials before the model takes over; of "nsga2": the
+    population."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
-        check_choice("sampler.name", self.name, SAMPLERS)
         check_at_least("sampler.seed", self.seed, 0)
         check_at_least("sampler.startup_trials", self.startup_trials, 1)
 

@@ -15,8 +15,8 @@ from rum.models import SequenceModel, build_model
 from rum.tasks import Task
 from rum.tune.asha import expected_epochs, milestones
 from rum.tune.config import SearchConfig
+from rum.tune.samplers import build_sampler
 from rum.tune.space import apply, suggest
-from rum.tune.study import build_sampler
 
 SAMPLES = 25
 PROBE_STEPS = 8  # time steps of the probe's window

@@ -13,12 +13,11 @@ from typing import Any
 
 import optuna
 import sqlalchemy
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from rum.errors import StudyError
-from rum.seeding import derive_seed
 from rum.tune.config import SamplerConfig
+from rum.tune.samplers import build_sampler
 from rum.tune.space import Space, differences, suggest
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -104,14 +103,6 @@ def claim_folder(folder: Path, study: "Study") -> None:
     if owner != study.id and trials.exists():
         trials.rename(folder / f"trials-of-{owner[:8]}-before-{study.id[:8]}")
     marker.write_text(study.id)
-
-
-def build_sampler(config: SamplerConfig, number: int) -> BaseSampler:
-    """The sampler for trial `number`: its randomness comes from the seed and that number alone."""
-    seed = derive_seed(config.seed, "sampler", number) % 2**32
-    if config.name == "random":
-        return RandomSampler(seed=seed)
-    return TPESampler(seed=seed, n_startup_trials=config.startup_trials)
 
 
 @dataclass(frozen=True)

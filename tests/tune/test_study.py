@@ -1,6 +1,7 @@
 """Optuna's record of a study: states, values, randomness by trial number, and the lock."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,14 +14,14 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from rum.errors import StudyError
+from rum.errors import ConfigError, StudyError
 from rum.tune.config import Domain, SamplerConfig
+from rum.tune.samplers import build_sampler
 from rum.tune.space import suggest
 from rum.tune.study import (
     ORIGIN,
     REASON,
     Study,
-    build_sampler,
     check_definition,
     ensure_study,
     locked,
@@ -151,6 +152,11 @@ def test_studies_in_one_storage_are_listed_and_do_not_mix(tmp_path: Path) -> Non
 SAMPLERS = {
     "random": SamplerConfig(name="random", seed=5),
     "tpe": SamplerConfig(name="tpe", seed=5, startup_trials=3),
+    "gp": SamplerConfig(name="gp", seed=5, startup_trials=3),
+    "cmaes": SamplerConfig(name="cmaes", seed=5, startup_trials=3),
+    "qmc": SamplerConfig(name="qmc", seed=5),
+    "nsga2": SamplerConfig(name="nsga2", seed=5, startup_trials=3),
+    "NSGAIIISampler": SamplerConfig(name="NSGAIIISampler", seed=5),
 }
 TRIALS = 7
 
@@ -181,14 +187,61 @@ def test_a_study_reopened_before_each_trial_samples_as_an_undisturbed_one(
 
 def test_tpe_departs_from_random_after_its_startup_trials(tmp_path: Path) -> None:
     drawn = {}
-    for name in SAMPLERS:
+    for name in ("random", "tpe"):
         study = open_study(tmp_path / name, SAMPLERS[name])
         drawn[name] = [run_one(study) for _ in range(TRIALS)]
     assert drawn["tpe"][:3] == drawn["random"][:3]
     assert all(drawn["tpe"][i] != drawn["random"][i] for i in range(3, TRIALS))
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ["tpe", "gp", "cmaes", "nsga2"])
+def test_samplers_that_learn_come_closer_than_random_search(tmp_path: Path, name: str) -> None:
+    means = {}
+    for each in (name, "random"):
+        study = open_study(tmp_path / each, SamplerConfig(name=each, seed=5, startup_trials=8))
+        values = []
+        for _ in range(40):
+            spec = study.ask()
+            distance = abs(math.log(spec.parameters["training.learning_rate"] / 1e-3))
+            value = distance + abs(spec.parameters["model.hidden_size"] - 64) / 8
+            study.finish(spec.number, TrialState.COMPLETE, value)
+            values.append(value)
+        means[each] = sum(values[20:]) / 20
+    assert means[name] < 0.75 * means["random"]
+
+
+def test_qmc_lays_out_one_sequence_over_a_study_and_draws_choices_at_random(
+    tmp_path: Path,
+) -> None:
+    study = open_study(tmp_path, SAMPLERS["qmc"])
+    drawn = [run_one(study) for _ in range(17)]
+    # after the first trial, which makes the space known: 16 points, one in each sixteenth
+    cells = [math.log10(each["training.learning_rate"] / 1e-4) / 3 * 16 for each in drawn[1:]]
+    assert sorted(int(cell) for cell in cells) == list(range(16))
+    assert {each["training.schedule.name"] for each in drawn} == {"constant", "drop"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tqe", "one of random, tpe, .* got 'tqe'; did you mean 'tpe'"),
+        ("GridSampler", "must take a seed and need nothing else, this one needs search_space"),
+        ("BaseSampler", "must take a seed and need nothing else"),
+        ("TrialState", "a class of optuna.samplers, got 'TrialState'"),
+    ],
+)
+def test_a_sampler_that_there_is_not_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_sampler(SamplerConfig(name=name), 0)
+
+
+def test_a_sampler_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"cmaes needs the packages cmaes: pip install 'rum-"):
+        build_sampler(SamplerConfig(name="cmaes"), 0)
+
+
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"qmc"}))
 def test_another_seed_and_another_trial_sample_otherwise(tmp_path: Path, name: str) -> None:
     drawn = [
         run_one(open_study(tmp_path / str(seed), SamplerConfig(name=name, seed=seed)))
