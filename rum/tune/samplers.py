@@ -7,6 +7,7 @@ the study, so that none has a state of its own to save and a resumed study asks 
 import importlib.util
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import optuna.samplers
@@ -83,5 +84,5 @@ def _by_class(name: str, seed: int) -> BaseSampler:
             f"sampler.name={name}: a sampler by class name must take a seed and need nothing "
             f"else, this one needs {', '.join(required) or 'no seed'}"
         )
-    sampler: BaseSampler = kind(seed=seed)
-    return sampler
+    make: Callable[..., BaseSampler] = kind
+    return make(seed=seed)
