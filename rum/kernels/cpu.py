@@ -1,4 +1,4 @@
-"""The RUM recurrence on the CPU with lambda = 0 or 1: compiled, input products included.
+"""The RUM recurrence on the CPU with lambda = 0 or 1, compiled.
 
 The C library (rum_cpu.c) is built when the package is installed, if there is a compiler; it needs
 neither Python's nor torch's headers, so one build serves every version of both. Where it is
@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rum.kernels.memory import CHECKPOINT_INTERVAL
 from rum.kernels.recurrence import RecurrenceOptions
 from rum.kernels.step import ACTIVATIONS
 
 LARGEST_SIZE = 16384
-_INTERFACE = 2  # INTERFACE in rum_cpu.c
+_INTERFACE = 3  # INTERFACE in rum_cpu.c
 _ROW_BUFFERS = 14  # rows of scratch for each thread, as in rum_cpu.c
 _PANEL_WIDTH = 16  # WIDTH there
 _ONEDNN_LINEAR = "_linear_pointwise"  # what TorchInductor calls; not in every build of torch
@@ -33,19 +32,29 @@ class _Options(ctypes.Structure):
     """`Options` of rum_cpu.c."""
 
     _fields_ = (
+        ("replicas", ctypes.c_int64),
         ("batch", ctypes.c_int64),
         ("size", ctypes.c_int64),
         ("activation", ctypes.c_int32),
         ("gate_norm", ctypes.c_int32),
         ("has_eta", ctypes.c_int32),
         ("threads", ctypes.c_int32),
-        ("eta", ctypes.c_float),
-        ("zoneout", ctypes.c_float),
+        ("eta", ctypes.POINTER(ctypes.c_float)),
+        ("zoneout", ctypes.POINTER(ctypes.c_float)),
         ("gate_gain", ctypes.c_void_p),
         ("gate_shift", ctypes.c_void_p),
         ("total_gain", ctypes.c_void_p),
         ("total_shift", ctypes.c_void_p),
     )
+
+
+# Pointers after options and, in the first two, steps.
+_FUNCTIONS = {
+    "rum_forward": (True, 7),
+    "rum_backward": (True, 12),
+    "rum_step_forward": (False, 5),
+    "rum_step_backward": (False, 8),
+}
 
 
 @lru_cache(maxsize=1)
@@ -70,12 +79,12 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for name, pointers in (("rum_forward", 8), ("rum_backward", 14)):
+    for name, (has_steps, pointers) in _FUNCTIONS.items():
         function = getattr(loaded, name)
         function.restype = None
         function.argtypes = [
             ctypes.POINTER(_Options),
-            ctypes.c_int64,
+            *([ctypes.c_int64] if has_steps else []),
             *[ctypes.c_void_p] * pointers,
         ]
     return loaded
@@ -102,55 +111,229 @@ def unserved(size: int, dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-def _interval(matrix: Tensor | None, otherwise: int) -> int:
-    """Steps in a piece of time: with memories, those between two checkpoints."""
-    return otherwise if matrix is None else CHECKPOINT_INTERVAL
+class _Compiled:
+    """The library with the options of one call."""
+
+    def __init__(self, size: int, norms: tuple[Tensor, ...], options: RecurrenceOptions) -> None:
+        loaded = library()
+        assert loaded is not None
+        self.functions = loaded
+        self.size = size
+        self._norms = norms  # whose memory `_options` points to
+        self._options = _Options(
+            len(options.zoneout),
+            0,
+            size,
+            list(ACTIVATIONS).index(options.activation),
+            _GATE_NORMS[options.layer_norm_gate],
+            options.eta is not None,
+            torch.get_num_threads(),
+            _floats(options.eta or (0.0,) * len(options.zoneout)),
+            _floats(options.zoneout),
+            *([norm.data_ptr() for norm in norms] or [0] * 4),
+        )
+
+    def options(self, batch: int) -> _Options:
+        """With so many rows a replica."""
+        self._options.batch = batch
+        return self._options
+
+    def scratch(self, like: Tensor) -> Tensor:
+        """Rows of scratch for all threads."""
+        return like.new_empty(self._options.threads * _ROW_BUFFERS * self.size)
+
+    def norm_scratch(self, like: Tensor) -> Tensor:
+        """Each thread's gradients of the layer norms."""
+        return like.new_zeros(self._options.threads, self._options.replicas, 6 * self.size)
 
 
-def _pieces(steps: int, interval: int) -> list[tuple[int, int]]:
-    """First and last step of every piece of time."""
-    return [(first, min(first + interval, steps)) for first in range(0, steps, max(1, interval))]
+class CompiledRecurrence:
+    """A `rum.kernels.recurrence.Recurrence` in float32."""
+
+    def __init__(
+        self, weight: Tensor, norms: tuple[Tensor, ...], options: RecurrenceOptions
+    ) -> None:
+        """See `Recurrence`."""
+        self._weight = weight
+        self._compiled = _Compiled(weight.shape[-1], norms, options)
+
+    def piece(self, rows: int) -> int | None:
+        """So many that their gradients stay in the cache.
+
+        In memory that is there, too, where fresh pages for those of the whole sequence would cost
+        as much as the products. A piece has rows enough that adding its share to the weight's
+        gradient costs little.
+        """
+        size = self._compiled.size
+        wanted = max(_PIECE // (3 * size), 2 * size)
+        return max(1, wanted // max(1, rows))
+
+    def forward(
+        self,
+        pre: Tensor,
+        hidden: Tensor,
+        mask: Tensor | None,
+        memory: Tensor | None,
+        outputs: Tensor,
+    ) -> None:
+        """See `Recurrence`."""
+        if not outputs.numel():
+            return
+        panels = _panels(self._weight)
+        scratch = self._compiled.scratch(hidden)
+        self._compiled.functions.rum_forward(
+            self._compiled.options(hidden.shape[1]),
+            len(pre),
+            _pointer(panels),
+            _pointer(hidden),
+            _pointer(mask),
+            _pointer(pre),
+            _pointer(memory),
+            _pointer(outputs),
+            _pointer(scratch),
+        )
+
+    def backward(
+        self,
+        pre: Tensor,
+        hidden: Tensor,
+        mask: Tensor | None,
+        memory: Tensor | None,
+        skew: Tensor | None,
+        outputs: Tensor,
+        grad_outputs: Tensor,
+        grad_state: Tensor,
+        grad_pre: Tensor,
+        grad_norms: tuple[Tensor, ...],
+    ) -> None:
+        """See `Recurrence`."""
+        if not outputs.numel():
+            return
+        panels = _panels(self._weight.mT)
+        scratch, of_norms = self._compiled.scratch(hidden), self._compiled.norm_scratch(hidden)
+        self._compiled.functions.rum_backward(
+            self._compiled.options(hidden.shape[1]),
+            len(pre),
+            _pointer(panels),
+            _pointer(pre),
+            _pointer(hidden),
+            _pointer(outputs),
+            _pointer(mask),
+            _pointer(grad_outputs),
+            _pointer(memory),
+            _pointer(skew),
+            _pointer(grad_state),
+            _pointer(grad_pre),
+            _pointer(of_norms),
+            _pointer(scratch),
+        )
+        _add_norms(grad_norms, of_norms)
+
+
+class RUMRows:
+    """`rum.kernels.recurrence.Rows` of a RUM with lambda = 0, in float32."""
+
+    def __init__(self, norms: tuple[Tensor, ...], options: RecurrenceOptions, size: int) -> None:
+        """Of N = `size`; options of one replica."""
+        self.grad_norms = tuple(torch.zeros_like(norm) for norm in norms)
+        self._compiled = _Compiled(size, norms, options)
+
+    def forward(
+        self,
+        pre: Tensor,
+        states: tuple[Tensor, ...],
+        masks: tuple[Tensor, ...],
+        new_states: tuple[Tensor, ...],
+    ) -> None:
+        """See `Rows`."""
+        (hidden,), (new,) = states, new_states
+        if not hidden.numel():
+            return
+        scratch = self._compiled.scratch(hidden)
+        self._compiled.functions.rum_step_forward(
+            self._compiled.options(len(hidden)),
+            _pointer(pre),
+            _pointer(hidden),
+            _pointer(masks[0] if masks else None),
+            _pointer(new),
+            _pointer(scratch),
+        )
+
+    def backward(
+        self,
+        pre: Tensor,
+        states: tuple[Tensor, ...],
+        masks: tuple[Tensor, ...],
+        new_states: tuple[Tensor, ...],
+        grads: tuple[Tensor, ...],
+        grad_pre: Tensor,
+    ) -> None:
+        """See `Rows`."""
+        (hidden,), (grad_state,) = states, grads
+        if not hidden.numel():
+            return
+        scratch, of_norms = self._compiled.scratch(hidden), self._compiled.norm_scratch(hidden)
+        nothing = torch.zeros_like(hidden)
+        self._compiled.functions.rum_step_backward(
+            self._compiled.options(len(hidden)),
+            _pointer(pre),
+            _pointer(hidden),
+            _pointer(masks[0] if masks else None),
+            _pointer(nothing),
+            _pointer(grad_state),
+            _pointer(grad_pre),
+            _pointer(of_norms),
+            _pointer(scratch),
+        )
+        _add_norms(self.grad_norms, of_norms)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    """Of a tensor that somebody holds; one that exists only as an argument would be gone."""
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    assert tensor.dtype == torch.float32
+    return tensor.data_ptr()
+
+
+def _floats(values: tuple[float, ...]) -> ctypes.Array[ctypes.c_float]:
+    return (ctypes.c_float * len(values))(*values)
+
+
+def _add_norms(grad_norms: tuple[Tensor, ...], of_threads: Tensor) -> None:
+    """Adds what the threads summed up to the gradients of the layer norms."""
+    if grad_norms:
+        size = of_threads.shape[-1] // 6
+        parts = of_threads.sum(0).split((2 * size, 2 * size, size, size), -1)
+        for total, part in zip(grad_norms, parts, strict=True):
+            total += part.view_as(total)
 
 
 def _panels(weight: Tensor) -> Tensor:
-    """Packs a weight (K, M) for products state weight': (K / 16, M, 16), filled up with zeros."""
-    rows, columns = weight.shape
+    """Packs weights (R, P, M) for products rows weight': (R, P / 16, M, 16), filled up with 0."""
+    replicas, rows, columns = weight.shape
     count = -(-rows // _PANEL_WIDTH)
     padded = F.pad(weight, (0, 0, 0, count * _PANEL_WIDTH - rows))
-    return padded.view(count, _PANEL_WIDTH, columns).transpose(1, 2).contiguous()
+    return padded.view(replicas, count, _PANEL_WIDTH, columns).transpose(2, 3).contiguous()
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns input weight' + bias.
 
-    From some size on by oneDNN, which chooses its code by what the processor can do; the library
-    behind `torch.mm` (MKL) also asks who made it, and takes twice the time on AMD's.
+    On the CPU from some size on by oneDNN, which chooses its code by what the processor can do;
+    the library behind `torch.mm` (MKL) also asks who made it, and takes twice the time on AMD's.
     """
     is_large = input.numel() * len(weight) >= _SMALLEST_PRODUCT
-    if is_large and torch.backends.mkldnn.enabled and hasattr(torch.ops.mkldnn, _ONEDNN_LINEAR):
-        onednn = getattr(torch.ops.mkldnn, _ONEDNN_LINEAR)
-        result: Tensor = onednn(input, weight, bias, "none", [], "")
-        return result
+    is_here = input.device.type == "cpu" and input.dtype == torch.float32
+    if is_here and is_large and torch.backends.mkldnn.enabled:
+        onednn = getattr(torch.ops.mkldnn, _ONEDNN_LINEAR, None)
+        if onednn is not None:
+            result: Tensor = onednn(input, weight, bias, "none", [], "")
+            return result
     return F.linear(input, weight, bias)
 
 
 def add_product(total: Tensor, grad: Tensor, values: Tensor) -> None:
     """Adds grad' values to a weight's gradient."""
     total += linear(values.t(), grad.t(), None).t()
-
-
-def _c_options(
-    options: RecurrenceOptions, batch: int, size: int, norms: tuple[Tensor, ...] | list[Tensor]
-) -> _Options:
-    pointers = [norm.data_ptr() for norm in norms] or [0] * 4  # null where there is no layer norm
-    return _Options(
-        batch,
-        size,
-        list(ACTIVATIONS).index(options.activation),
-        _GATE_NORMS[options.layer_norm_gate],
-        options.eta is not None,
-        torch.get_num_threads(),
-        options.eta or 0.0,
-        options.zoneout,
-        *pointers,
-    )

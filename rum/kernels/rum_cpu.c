@@ -16,11 +16,12 @@
 #include <omp.h>
 #endif
 
-#define INTERFACE 2           /* grows when a signature below changes; cpu.py compares it */
+#define INTERFACE 3           /* grows when a signature below changes; cpu.py compares it */
 #define FLOOR 1e-12f          /* squared norms below count as zero */
 #define LAYER_NORM_EPS 1e-3f
 #define ROW_BUFFERS 14
 #define SMALL (1 << 20)       /* multiplications below which threads cost more than they bring */
+#define SMALL_STEP (1 << 13)  /* elements of a step below which that is so */
 #define WIDTH 16              /* columns of a panel, see rum_cpu_product.h; cpu.py packs them */
 #define DEPTH 512
 #define FEW_ROWS 8            /* of the largest tile */
@@ -53,8 +54,8 @@
 #include "rum_cpu_product.h"
 
 typedef void (*Multiply)(
-    int64_t, int64_t, int64_t, int64_t, int64_t, const float *, const float *, const float *,
-    float *);
+    int64_t, int64_t, int64_t, int64_t, int64_t, const float *, int64_t, const float *, float *,
+    int64_t);
 
 static Multiply choose_multiply(void)
 {
@@ -70,13 +71,30 @@ enum { NO_NORM, POST_SIGMOID, PRE_SIGMOID };
 
 int rum_interface(void) { return INTERFACE; }
 
+/* K replicas have `batch` rows each; whatever is one a replica is an array. A row of
+ * pre-activations is 3N wide: target, update gate, embedded input. */
 typedef struct {
-    int64_t batch, size;
+    int64_t replicas, batch, size;
     int32_t activation, gate_norm, has_eta, threads;
-    float eta, zoneout;
-    const float *gate_gain, *gate_shift;   /* [2N], target then update gate; or null */
-    const float *total_gain, *total_shift; /* [N] or null */
+    const float *eta, *zoneout;            /* [K] */
+    const float *gate_gain, *gate_shift;   /* [K, 2N], target then update gate; or null */
+    const float *total_gain, *total_shift; /* [K, N] or null */
 } Options;
+
+/* The options of one replica, as if it were alone */
+INLINE Options of_replica(const Options *all, int64_t k)
+{
+    Options one = *all;
+    one.eta += k;
+    one.zoneout += k;
+    if (one.gate_norm) {
+        one.gate_gain += 2 * k * one.size;
+        one.gate_shift += 2 * k * one.size;
+        one.total_gain += k * one.size;
+        one.total_shift += k * one.size;
+    }
+    return one;
+}
 
 /* exp to 2 units in the last place, without branches, so that loops over it vectorise */
 INLINE float exponential(float x)
@@ -405,18 +423,22 @@ INLINE void row_forward(
     row->square = square;
 }
 
+/* Rows `first` to `last`, of one replica */
 CLONES void rum_rows_forward(
-    const Options *o, int64_t first, int64_t last, const float *pre, const float *eps,
-    const float *h, const float *mask, float *matrices, float *out, float *scratch)
+    const Options *all, int64_t first, int64_t last, const float *pre, const float *h,
+    const float *mask, float *matrices, float *out, float *scratch)
 {
+    if (first == last) return;
+    const Options replica = of_replica(all, first / all->batch), *o = &replica;
     const int64_t n = o->size;
     for (int64_t b = first; b < last; b++) {
         Row row = {0};
         const float *previous = h + b * n;
         const Memory memory = {matrices ? matrices + b * n * n : 0, 0};
-        row_forward(o, pre + 2 * b * n, eps + b * n, previous, memory, scratch, &row);
+        const float *gates = pre + 3 * b * n;
+        row_forward(o, gates, gates + 2 * n, previous, memory, scratch, &row);
         const float square = row.square < FLOOR ? FLOOR : row.square;
-        const float scale = o->has_eta ? o->eta / sqrtf(square) : 1.0f;
+        const float scale = o->has_eta ? *o->eta / sqrtf(square) : 1.0f;
         const float *mixed = row.mixed, *kept = mask ? mask + b * n : 0;
         float *result = out + b * n;
         if (kept) {
@@ -426,43 +448,48 @@ CLONES void rum_rows_forward(
                 result[i] = new + kept[i] * (previous[i] - new);
             }
         } else {
+            const float zoneout = *o->zoneout;
 #pragma omp simd
             for (int64_t i = 0; i < n; i++) {
                 const float new = scale * mixed[i];
-                result[i] = new + o->zoneout * (previous[i] - new);
+                result[i] = new + zoneout * (previous[i] - new);
             }
         }
     }
 }
 
-/* grad_state holds the gradient that later steps gave this step's state, and afterwards that of
+/* Rows `first` to `last`, of one replica. grad_state holds the gradient that later steps gave this step's state, and afterwards that of
  * the previous state without its share through `pre`; grad_norms is [6N], summed into */
 CLONES void rum_rows_backward(
-    const Options *o, int64_t first, int64_t last, const float *pre, const float *eps,
-    const float *h, const float *mask, const float *grad_out, float *matrices, float *skews,
-    float *grad_state, float *grad_pre, float *grad_eps, float *grad_norms, float *scratch)
+    const Options *all, int64_t first, int64_t last, const float *pre, const float *h,
+    const float *mask, const float *grad_out, float *matrices, float *skews, float *grad_state,
+    float *grad_pre, float *grad_norms, float *scratch)
 {
-    const int64_t n = o->size;
+    if (first == last) return;
+    const int64_t k = first / all->batch, n = all->size;
+    const Options replica = of_replica(all, k), *o = &replica;
+    grad_norms += 6 * k * n;
     for (int64_t b = first; b < last; b++) {
         Row row = {0};
-        const float *previous = h + b * n, *embedded = eps + b * n, *gates = pre + 2 * b * n;
+        const float *previous = h + b * n, *gates = pre + 3 * b * n, *embedded = gates + 2 * n;
         const Memory memory = {
             matrices ? matrices + b * n * n : 0, skews ? skews + b * n * n : 0};
         row_forward(o, gates, embedded, previous, memory, scratch, &row);
         const float *kept = mask ? mask + b * n : 0, *from_out = grad_out + b * n;
         const float *mixed = row.mixed, *candidate = row.candidate, *update = row.update;
         const float *target = row.target, *total = row.total, *sig = row.sigmoid;
-        float *state = grad_state + b * n, *of_target = grad_pre + 2 * b * n;
-        float *of_update = of_target + n, *grad = grad_eps + b * n;
+        float *state = grad_state + b * n, *of_target = grad_pre + 3 * b * n;
+        float *of_update = of_target + n, *grad = of_target + 2 * n;
 
         /* zoneout and time normalisation */
         const float square = row.square < FLOOR ? FLOOR : row.square;
-        const float scale = o->has_eta ? o->eta / sqrtf(square) : 1.0f;
+        const float scale = o->has_eta ? *o->eta / sqrtf(square) : 1.0f;
+        const float zoneout = *o->zoneout;
         float along = 0.0f;
 #pragma omp simd reduction(+ : along)
         for (int64_t i = 0; i < n; i++) {
             const float all = from_out[i] + state[i];
-            const float keep = all * (kept ? kept[i] : o->zoneout);
+            const float keep = all * (kept ? kept[i] : zoneout);
             state[i] = keep;
             grad[i] = all - keep;
             along += mixed[i] * grad[i];
@@ -556,31 +583,34 @@ typedef struct {
 
 static int num_threads(const Options *o, int64_t steps)
 {
-    return o->batch * o->size * o->size * steps < SMALL ? 1 : o->threads;
+    const int64_t rows = o->replicas * o->batch;
+    return rows * o->size * o->size * steps < SMALL ? 1 : o->threads;
 }
 
 static Share share(const Options *o, int64_t thread, int64_t threads, int64_t panels)
 {
-    const int64_t tiles = (o->batch + FEW_ROWS - 1) / FEW_ROWS;
-    int64_t groups = threads < o->batch ? threads : o->batch, members = 1;
-    if (groups > tiles && o->size >= 512) { /* many weights for a row or two: share them instead */
-        groups = tiles;
+    const int64_t rows = o->replicas * o->batch, tiles = (rows + FEW_ROWS - 1) / FEW_ROWS;
+    int64_t groups = threads < rows ? threads : rows, members = 1;
+    if (groups > tiles && o->size >= 512 && o->replicas == 1) {
+        groups = tiles; /* many weights for a row or two: share them instead */
         members = threads / groups;
     }
     const int64_t group = thread / members, member = thread % members;
     Share mine = {.member = member, .members = members};
     if (group >= groups) return mine; /* no rows, but it waits with the others */
-    mine.first = o->batch * group / groups;
-    mine.last = o->batch * (group + 1) / groups;
+    mine.first = rows * group / groups;
+    mine.last = rows * (group + 1) / groups;
     mine.first_panel = panels * member / members;
     mine.last_panel = panels * (member + 1) / members;
     return mine;
 }
 
-/* With memories a few rows at a time, so that these stay in the cache */
-static Rows rows_from(int64_t first, const Share *my, int has_memories)
+/* Rows of one replica; with memories a few at a time, so that these stay in the cache */
+static Rows rows_from(int64_t first, const Share *my, const Options *o, int has_memories)
 {
     int64_t last = my->last;
+    const int64_t end_of_replica = (first / o->batch + 1) * o->batch;
+    if (last > end_of_replica) last = end_of_replica;
     if (has_memories && last - first > FEW_ROWS) last = first + FEW_ROWS;
     const int64_t count = last - first;
     Rows rows = {
@@ -601,76 +631,107 @@ static Rows rows_from(int64_t first, const Share *my, int has_memories)
         _Pragma("omp barrier")  \
     }
 
-/* hidden [B, N] is the initial state; panels those of the weight (2N, N); pre [T, B, 2N] begins as
- * the share of the inputs and ends with that of the state added; scratch is ROW_BUFFERS x N a
- * thread; all else is [T, B, N]. With lambda = 1 matrices [B, N, N] are the memories, which advance;
- * else null. */
+/* The sequence functions, for at least one row. Rows of all replicas stand below each other: R = K x batch. hidden [R, N]
+ * is the initial state; panels those of the weights (K, 2N, N); pre [T, R, 3N] begins as the share
+ * of the inputs and ends with that of the state added to target and update gate; scratch is
+ * ROW_BUFFERS x N a thread; mask and outputs are [T, R, N]. With lambda = 1 matrices [R, N, N] are
+ * the memories, which advance; else null. */
 void rum_forward(
-    const Options *o, int64_t steps, const float *panels, const float *eps, const float *hidden,
-    const float *mask, float *pre, float *matrices, float *outputs, float *scratch)
+    const Options *o, int64_t steps, const float *panels, const float *hidden, const float *mask,
+    float *pre, float *matrices, float *outputs, float *scratch)
 {
-    const int64_t n = o->size, state = o->batch * n;
+    const int64_t n = o->size, state = o->replicas * o->batch * n;
+    const int64_t num_panels = (2 * n + WIDTH - 1) / WIDTH;
     const Multiply multiply = choose_multiply();
 #pragma omp parallel num_threads(num_threads(o, steps))
     {
-        const Share my = share(o, THREAD, THREADS, (2 * n + WIDTH - 1) / WIDTH);
+        const Share my = share(o, THREAD, THREADS, num_panels);
         float *buffers = scratch + THREAD * ROW_BUFFERS * n;
-        Rows rows = rows_from(my.first, &my, matrices != 0);
-        for (;;) {
+        int64_t first = my.first;
+        do { /* once without rows too: others may wait for this thread */
+            const Rows rows = rows_from(first, &my, o, matrices != 0);
+            const float *weight = panels + first / o->batch * num_panels * WIDTH * n;
             const float *h = hidden;
             for (int64_t t = 0; t < steps; t++) {
-                float *gates = pre + 2 * t * state, *out = outputs + t * state;
-                float *of_rows = gates + 2 * rows.first * n;
+                float *gates = pre + 3 * t * state, *out = outputs + t * state;
                 multiply(
                     rows.last - rows.first, n, 2 * n, my.first_panel, my.last_panel,
-                    h + rows.first * n, panels, of_rows, of_rows);
+                    h + rows.first * n, n, weight, gates + 3 * rows.first * n, 3 * n);
                 WAIT_FOR_MEMBERS
                 rum_rows_forward(
-                    o, rows.own_first, rows.own_last, gates, eps + t * state, h,
-                    mask ? mask + t * state : 0, matrices, out, buffers);
+                    o, rows.own_first, rows.own_last, gates, h, mask ? mask + t * state : 0,
+                    matrices, out, buffers);
                 WAIT_FOR_MEMBERS
                 h = out;
             }
-            if (rows.last >= my.last) break;
-            rows = rows_from(rows.last, &my, 1);
-        }
+            first = rows.last;
+        } while (first < my.last);
     }
 }
 
-/* panels are those of the weight's transpose (N, 2N); grad_state [B, N] is the gradient of the last
- * state on entry, apart from grad_outputs, and that of the initial state on return; grad_norms,
- * 6 x N a thread, is summed into. Memories go back to those before the sequence; skews [B, N, N]
- * are their gradients, in the same way; null with lambda = 0. */
+/* panels are those of the transposed weights (K, N, 2N); grad_state [R, N] is the gradient of the
+ * last state on entry, apart from grad_outputs, and that of the initial state on return; grad_pre
+ * is as pre; grad_norms, [K, 6N] a thread, is summed into. Memories go back to those before the
+ * sequence; skews [R, N, N] are their gradients, in the same way; null with lambda = 0. */
 void rum_backward(
-    const Options *o, int64_t steps, const float *panels, const float *pre, const float *eps,
-    const float *hidden, const float *outputs, const float *mask, const float *grad_outputs,
-    float *matrices, float *skews, float *grad_state, float *grad_pre, float *grad_eps,
-    float *grad_norms, float *scratch)
+    const Options *o, int64_t steps, const float *panels, const float *pre, const float *hidden,
+    const float *outputs, const float *mask, const float *grad_outputs, float *matrices,
+    float *skews, float *grad_state, float *grad_pre, float *grad_norms, float *scratch)
 {
-    const int64_t n = o->size, state = o->batch * n;
+    const int64_t n = o->size, state = o->replicas * o->batch * n;
+    const int64_t num_panels = (n + WIDTH - 1) / WIDTH;
     const Multiply multiply = choose_multiply();
 #pragma omp parallel num_threads(num_threads(o, steps))
     {
-        const Share my = share(o, THREAD, THREADS, (n + WIDTH - 1) / WIDTH);
-        float *buffers = scratch + THREAD * ROW_BUFFERS * n, *norms = grad_norms + THREAD * 6 * n;
-        Rows rows = rows_from(my.first, &my, matrices != 0);
-        for (;;) {
-            float *of_state = grad_state + rows.first * n;
+        const Share my = share(o, THREAD, THREADS, num_panels);
+        float *buffers = scratch + THREAD * ROW_BUFFERS * n;
+        float *norms = grad_norms + THREAD * 6 * o->replicas * n;
+        int64_t first = my.first;
+        do { /* once without rows too: others may wait for this thread */
+            const Rows rows = rows_from(first, &my, o, matrices != 0);
+            const float *weight = panels + first / o->batch * num_panels * WIDTH * 2 * n;
             for (int64_t t = steps - 1; t >= 0; t--) {
-                const float *h = t ? outputs + (t - 1) * state : hidden;
-                float *grad_gates = grad_pre + 2 * t * state;
+                float *grad_gates = grad_pre + 3 * t * state;
                 rum_rows_backward(
-                    o, rows.own_first, rows.own_last, pre + 2 * t * state, eps + t * state, h,
-                    mask ? mask + t * state : 0, grad_outputs + t * state, matrices, skews,
-                    grad_state, grad_gates, grad_eps + t * state, norms, buffers);
+                    o, rows.own_first, rows.own_last, pre + 3 * t * state,
+                    t ? outputs + (t - 1) * state : hidden, mask ? mask + t * state : 0,
+                    grad_outputs + t * state, matrices, skews, grad_state, grad_gates, norms,
+                    buffers);
                 WAIT_FOR_MEMBERS
                 multiply(
                     rows.last - rows.first, 2 * n, n, my.first_panel, my.last_panel,
-                    grad_gates + 2 * rows.first * n, panels, of_state, of_state);
+                    grad_gates + 3 * rows.first * n, 3 * n, weight, grad_state + rows.first * n, n);
                 WAIT_FOR_MEMBERS
             }
-            if (rows.last >= my.last) break;
-            rows = rows_from(rows.last, &my, 1);
-        }
+            first = rows.last;
+        } while (first < my.last);
+    }
+}
+
+/* One step of the rows, without products, for networks of several cells: as above with T = 1 and
+ * one replica. */
+void rum_step_forward(
+    const Options *o, const float *pre, const float *hidden, const float *mask, float *out,
+    float *scratch)
+{
+#pragma omp parallel num_threads(o->batch * o->size < SMALL_STEP ? 1 : o->threads)
+    {
+        const int64_t first = o->batch * THREAD / THREADS, last = o->batch * (THREAD + 1) / THREADS;
+        rum_rows_forward(
+            o, first, last, pre, hidden, mask, 0, out, scratch + THREAD * ROW_BUFFERS * o->size);
+    }
+}
+
+void rum_step_backward(
+    const Options *o, const float *pre, const float *hidden, const float *mask,
+    const float *grad_outputs, float *grad_state, float *grad_pre, float *grad_norms,
+    float *scratch)
+{
+#pragma omp parallel num_threads(o->batch * o->size < SMALL_STEP ? 1 : o->threads)
+    {
+        const int64_t first = o->batch * THREAD / THREADS, last = o->batch * (THREAD + 1) / THREADS;
+        rum_rows_backward(
+            o, first, last, pre, hidden, mask, grad_outputs, 0, 0, grad_state, grad_pre,
+            grad_norms + THREAD * 6 * o->size, scratch + THREAD * ROW_BUFFERS * o->size);
     }
 }

@@ -1,4 +1,4 @@
-/* A matrix product with few rows: out = add + a panels. rum_cpu.c includes this file once for each
+/* A matrix product with few rows: out += a panels. rum_cpu.c includes this file once for each
  * instruction set, with NAME, TARGET, VECTOR_BYTES and ROWS (rows of a tile, so many that its sums
  * fill the registers).
  *
@@ -15,7 +15,7 @@ typedef float VECTOR __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_a
 
 INLINE TARGET void TILE(
     const int rows, const float *a, int64_t stride_a, int64_t depth, const float *panel,
-    const float *add, float *out, int64_t stride_out, int64_t columns)
+    float *out, int64_t stride_out, int64_t columns)
 {
     enum { PARTS = 4 * WIDTH / VECTOR_BYTES };
     /* An addition waits for the one before it in the same sum: few rows have several sums each. */
@@ -59,8 +59,7 @@ INLINE TARGET void TILE(
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
             for (int p = 0; p < PARTS; p++)
-                ((VECTOR *)(out + r * stride_out))[p] =
-                    sum[r][p] + ((const VECTOR *)(add + r * stride_out))[p];
+                ((VECTOR *)(out + r * stride_out))[p] += sum[r][p];
     } else {
         float last[WIDTH];
 #pragma GCC unroll 8
@@ -68,25 +67,24 @@ INLINE TARGET void TILE(
 #pragma GCC unroll 4
             for (int p = 0; p < PARTS; p++) ((VECTOR *)last)[p] = sum[r][p];
             for (int64_t j = 0; j < columns; j++)
-                out[r * stride_out + j] = last[j] + add[r * stride_out + j];
+                out[r * stride_out + j] += last[j];
         }
     }
 }
 
 TARGET static void JOINED(multiply, NAME)(
     int64_t rows, int64_t depth, int64_t columns, int64_t first_panel, int64_t last_panel,
-    const float *a, const float *panels, const float *add, float *out)
+    const float *a, int64_t stride_a, const float *panels, float *out, int64_t stride_out)
 {
     for (int64_t begin = 0; begin < depth; begin += DEPTH) {
         const int64_t piece = depth - begin < DEPTH ? depth - begin : DEPTH;
-        const float *so_far = begin ? out : add;
         for (int64_t p = first_panel; p < last_panel; p++) {
             const int64_t left = columns - WIDTH * p, width = left < WIDTH ? left : WIDTH;
             const float *panel = panels + WIDTH * (p * depth + begin);
             int64_t row = 0;
 #define ROWS_OF_TILE(count)                                                                     \
-    TILE(count, a + row * depth + begin, depth, piece, panel, so_far + row * columns + WIDTH * p, \
-         out + row * columns + WIDTH * p, columns, width)
+    TILE(count, a + row * stride_a + begin, stride_a, piece, panel,                             \
+         out + row * stride_out + WIDTH * p, stride_out, width)
             for (; row + ROWS <= rows; row += ROWS) ROWS_OF_TILE(ROWS);
 #if ROWS > 4
             for (; row + 4 <= rows; row += 4) ROWS_OF_TILE(4);
