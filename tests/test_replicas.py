@@ -64,7 +64,7 @@ def test_values_and_gradients_are_those_of_each_layer_alone(
     output, state = replicas(input, tuple(tensor.detach() for tensor in state))
     together = gradients(output, state, input, *replicas.parameters())
 
-    tolerance = 1e-5 if backend == "cpu" else 1e-11
+    tolerance = 1e-4 if backend == "cpu" else 1e-11
     expected: list[Tensor] = []
     for lane, layer in enumerate(alone):
         leaf = input[lane].detach().requires_grad_()
@@ -83,7 +83,7 @@ def test_values_and_gradients_are_those_of_each_layer_alone(
 def test_masks_follow_a_seed_whoever_the_neighbours_are(backend: str) -> None:
     alone = layers(backend, dropout=0.5)
     together = rum.Replicas(alone, seeds=[7, 8, 9]).train()
-    input = draw(3, 40, BATCH, INPUT_SIZE).to(alone[0].cells[0].weight_hh.dtype)
+    input = draw(3, STEPS, BATCH, INPUT_SIZE).to(alone[0].cells[0].weight_hh.dtype)
     output, _ = together(input)
     for lane in range(3):
         single = rum.Replicas([alone[lane]], seeds=[7 + lane]).train()

@@ -121,7 +121,9 @@ def _sequence(
         checkpoints = input.new_empty(_checkpoint_elements(input.shape[0], memory))
         for first, last in _pieces(len(input), None if matrix is None else CHECKPOINT_INTERVAL):
             if matrix is not None:
-                checkpoints.view(-1, *matrix.shape)[first // CHECKPOINT_INTERVAL] = matrix
+                checkpoints.view(_num_pieces(len(input)), *matrix.shape)[
+                    first // CHECKPOINT_INTERVAL
+                ] = matrix
             recurrence.forward(
                 pre[first:last],
                 outputs[first - 1] if first else hidden,
@@ -153,7 +155,11 @@ def _(  # type: ignore[no-untyped-def]  # the operator's arguments, named above
 
 def _checkpoint_elements(steps: int, memory: Tensor | None) -> int:
     """Of the memories before every piece of time; one axis, which torch.export keeps dynamic."""
-    return 0 if memory is None else -(-steps // CHECKPOINT_INTERVAL) * memory.numel()
+    return 0 if memory is None else _num_pieces(steps) * memory.numel()
+
+
+def _num_pieces(steps: int) -> int:
+    return -(-steps // CHECKPOINT_INTERVAL)
 
 
 @torch.library.custom_op("rum::sequence_backward", mutates_args=())
@@ -205,7 +211,11 @@ def _sequence_backward(
         )
         for first, last in reversed(pieces):
             if matrix is not None and last < steps:
-                matrix.copy_(checkpoints.view(-1, *matrix.shape)[last // CHECKPOINT_INTERVAL])
+                matrix.copy_(
+                    checkpoints.view(_num_pieces(len(input)), *matrix.shape)[
+                        last // CHECKPOINT_INTERVAL
+                    ]
+                )
             before = outputs[first - 1] if first else hidden
             if first:
                 states = outputs[first - 1 : last - 1]
