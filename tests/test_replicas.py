@@ -81,15 +81,18 @@ def test_values_and_gradients_are_those_of_each_layer_alone(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masks_follow_a_seed_whoever_the_neighbours_are(backend: str) -> None:
-    alone = layers(backend, dropout=0.5)
+    alone = layers(backend, dropout=0.5, activation="tanh")  # smooth
     together = rum.Replicas(alone, seeds=[7, 8, 9]).train()
     input = draw(3, STEPS, BATCH, INPUT_SIZE).to(alone[0].cells[0].weight_hh.dtype)
     output, _ = together(input)
     for lane in range(3):
         single = rum.Replicas([alone[lane]], seeds=[7 + lane]).train()
-        torch.testing.assert_close(single(input[lane : lane + 1])[0][0], output[lane])
+        torch.testing.assert_close(
+            single(input[lane : lane + 1])[0][0], output[lane], rtol=1e-4, atol=1e-4
+        )
         is_random = bool(ZONEOUTS[lane] or alone[lane].dropout)
-        assert torch.allclose(single(input[lane : lane + 1])[0][0], output[lane]) != is_random
+        again = single(input[lane : lane + 1])[0][0]
+        assert torch.allclose(again, output[lane], rtol=1e-4, atol=1e-4) != is_random
 
 
 def test_without_seeds_masks_come_from_the_default_generator() -> None:

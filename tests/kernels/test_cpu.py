@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rum.cells import RUMCell
 from rum.errors import ConfigError
-from rum.kernels import cpu
+from rum.kernels import cpu, sequence
+from rum.kernels.recurrence import RecurrenceOptions
 
 INPUT_SIZE, STEPS, BATCH = 4, 9, 5
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -208,7 +209,7 @@ def test_a_memory_of_any_size(size: int, batch: int, threads: int) -> None:
 @built
 @pytest.mark.parametrize("steps", [1, 3, 4, 5, 8, 11])
 def test_a_memory_passes_its_checkpoints(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "CHECKPOINT_INTERVAL", 4)
+    monkeypatch.setattr(sequence, "CHECKPOINT_INTERVAL", 4)
     ours, exact = pair(5, lambda_=1, activation="tanh")
     inputs = draw(steps, BATCH, INPUT_SIZE), draw(BATCH, 5, seed=3), None, rotations(BATCH, 5)
     use = ("outputs", "memory")
@@ -294,8 +295,9 @@ def test_a_second_derivative_is_refused() -> None:
     ours, _ = pair(3)
     input = torch.randn(2, 2, INPUT_SIZE, requires_grad=True)
     outputs, _ = ours.unroll(input)
+    (gradient,) = torch.autograd.grad(outputs.sum(), input, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.grad(outputs.sum(), input, create_graph=True)
+        gradient.sum().backward()
 
 
 @built
@@ -335,11 +337,51 @@ def test_other_powers_of_the_memory_are_refused_at_once(options: dict[str, Any])
 def test_without_a_build_fused_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "library", lambda: None)
     cell = RUMCell(INPUT_SIZE, 3)
-    outputs, _ = cell.unroll(torch.randn(2, 2, INPUT_SIZE))
-    assert outputs.grad_fn is not None
-    assert "_FusedRecurrence" in outputs.grad_fn.name()
+    _, state = cell.unroll(torch.randn(2, 2, INPUT_SIZE))
+    assert cell.choose_backend(state) == "fused"
     cell.backend = "cpu"
     with pytest.raises(
         ConfigError, match="is not there: the package was installed without a C compiler"
     ):
         cell.unroll(torch.randn(2, 2, INPUT_SIZE))
+
+
+@built
+@pytest.mark.parametrize("training", [True, False], ids=["masks", "expectation"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_the_rows_of_one_step_are_those_of_the_cell(
+    options: dict[str, Any], training: bool, threads: int
+) -> None:
+    """`RUMRows`, for networks of several cells: complete pre-activations, no products."""
+    size, batch = 33, 300  # enough for threads to share
+    cell = RUMCell(INPUT_SIZE, size, dtype=torch.float64, **options).train(training)
+    norms = tuple(norm.detach() for norm in cell.norms())
+    pre, hidden = draw(batch, 3 * size).requires_grad_(), draw(batch, size).requires_grad_()
+    mask = (draw(batch, size, seed=7) < -0.5).double()
+    with torch.no_grad():
+        cell.weight_hh.zero_()
+    masks = (mask,) if training and cell.zoneout else ()
+    expected, _ = cell.step(pre, (hidden,), masks)
+    grad = draw(batch, size, seed=9)
+    of_pre, of_hidden, *of_norms = torch.autograd.grad(
+        (expected * grad).sum(), [pre, hidden, *cell.norms()]
+    )
+
+    rows = cpu.RUMRows(
+        tuple(norm.float() for norm in norms),
+        RecurrenceOptions(
+            activation=cell.activation,
+            eta=None if cell.eta is None else (cell.eta,),
+            layer_norm_gate=cell.layer_norm_gate,
+            zoneout=(cell.zoneout,),
+        ),
+        size,
+    )
+    single = pre.detach().float(), (hidden.detach().float(),), tuple(m.float() for m in masks)
+    new, grad_pre, grads = torch.empty(batch, size), torch.empty(batch, 3 * size), grad.float()
+    rows.forward(*single, (new,))
+    rows.backward(*single, (new,), (grads,), grad_pre)
+
+    assert_close([new.double()], [expected.detach()])
+    ours = [grad_pre, grads, *rows.grad_norms]
+    assert_close([tensor.double() for tensor in ours], [of_pre, of_hidden, *of_norms], values=0)

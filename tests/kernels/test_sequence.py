@@ -162,7 +162,7 @@ def _strided(shape: tuple[int, ...], order: list[int], gap: int, seed: int) -> T
 
 
 @hypothesis.settings(
-    max_examples=150,
+    max_examples=300,
     deadline=None,
     derandomize=True,
     database=None,
@@ -186,35 +186,41 @@ def test_any_shape_option_and_stride_gives_values_and_gradients_of_the_reference
         "activation": data.draw(st.sampled_from(["tanh", "sigmoid", "softsign"])),
     }
     backend = data.draw(st.sampled_from(BACKENDS))
+    dtype = torch.float32 if backend == "cpu" else torch.float64
     torch.manual_seed(data.draw(st.integers(0, 1000)))
-    cell = RUMCell(features, size, backend=backend, recompute=data.draw(st.booleans()), **options)
-    cell.train(data.draw(st.booleans()))
-    exact = copy.deepcopy(cell).double()
-    exact.backend = "reference"
+    exact = RUMCell(features, size, backend="reference", dtype=torch.float64, **options)
+    exact.train(data.draw(st.booleans()))
+    rounded = copy.deepcopy(exact).to(dtype)
+    cell = copy.deepcopy(rounded)
+    cell.backend, cell.recompute = backend, data.draw(st.booleans())
     gap = data.draw(st.integers(1, 2))
     input = _strided((steps, batch, features), data.draw(st.permutations([0, 1, 2])), gap, seed=3)
     hidden = _strided((batch, size), data.draw(st.permutations([0, 1])), gap, seed=4)
 
-    results = []
-    for each, dtype in ((cell, torch.float32), (exact, torch.float64)):
-        leaves = [tensor.to(dtype).requires_grad_() for tensor in (input, hidden)]
-        start = each.initial_state(batch, device=torch.device("cpu"), dtype=dtype)
-        torch.manual_seed(9)
-        output, state = each.unroll(leaves[0], (leaves[1], *start[1:]))
-        parts = [output, *state]
-        loss = torch.stack(
-            [
-                (part * torch.linspace(-1, 2, part.numel(), dtype=dtype).view_as(part)).sum()
-                for part in parts
-            ]
-        )
-        gradients = torch.autograd.grad(
-            loss.sum(), [*leaves, *each.parameters()], allow_unused=True, materialize_grads=True
-        )
-        results.append((parts, gradients))
-    (ours, our_gradients), (theirs, their_gradients) = results
-    for a, b in zip(ours, theirs, strict=True):
-        assert a.shape == b.shape
-        assert (a.double() - b).detach().norm() <= 1e-5 * max(1.0, float(b.detach().norm()))
-    for a, b in zip(our_gradients, their_gradients, strict=True):
-        assert (a.double() - b).norm() <= 1e-4 * max(1.0, float(b.norm()))
+    ours, reference, expected = (run(each, input, hidden) for each in (cell, rounded, exact))
+    for index, (a, b, c) in enumerate(zip(ours, reference, expected, strict=True)):
+        assert a.shape == c.shape
+        if dtype == torch.float64:
+            assert (a - c).norm() <= 1e-8 * max(1.0, float(c.norm())), index
+        else:  # near 180 degrees rounding is multiplied; the reference shows by how much
+            allowed = 1e-4 * max(1.0, float(c.norm())) + 20 * (b - c).norm()
+            assert (a - c).norm() <= allowed, index
+
+
+def run(cell: RUMCell, input: Tensor, hidden: Tensor) -> list[Tensor]:
+    """Output, states and all gradients of a loss on them."""
+    dtype = cell.weight_hh.dtype
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in (input, hidden)]
+    start = cell.initial_state(len(hidden), device=torch.device("cpu"), dtype=dtype)
+    torch.manual_seed(9)
+    output, state = cell.unroll(leaves[0], (leaves[1], *start[1:]))
+    parts = [output, *state]
+    weights = [torch.linspace(-1, 2, part.numel()).to(dtype).view_as(part) for part in parts]
+    losses = [(part * weight).sum() for part, weight in zip(parts, weights, strict=True)]
+    gradients = torch.autograd.grad(
+        torch.stack(losses).sum(),
+        [*leaves, *cell.parameters()],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return [tensor.detach().double() for tensor in (*parts, *gradients)]
