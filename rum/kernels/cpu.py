@@ -24,6 +24,7 @@ _ROW_BUFFERS = 14  # rows of scratch for each thread, as in rum_cpu.c
 _PANEL_WIDTH = 16  # WIDTH there
 _ONEDNN_LINEAR = "_linear_pointwise"  # what TorchInductor calls; not in every build of torch
 _PIECE = 2**20  # numbers in the gradients of a piece of time
+_ALWAYS_NEW = 2**25  # bytes above which glibc takes fresh pages from the system every time
 _SMALLEST_PRODUCT = 2**21  # multiplications from which oneDNN is faster
 _GATE_NORMS = {None: 0, "post_sigmoid": 1, "pre_sigmoid": 2}
 
@@ -48,12 +49,13 @@ class _Options(ctypes.Structure):
     )
 
 
-# Pointers after options and, in the first two, steps.
+# Whole numbers, then pointers, after the options.
 _FUNCTIONS = {
-    "rum_forward": (True, 7),
-    "rum_backward": (True, 12),
-    "rum_step_forward": (False, 5),
-    "rum_step_backward": (False, 8),
+    "rum_project": (3, 4),
+    "rum_forward": (1, 7),
+    "rum_backward": (1, 12),
+    "rum_step_forward": (0, 5),
+    "rum_step_backward": (0, 8),
 }
 
 
@@ -79,14 +81,16 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for name, (has_steps, pointers) in _FUNCTIONS.items():
+    for name, (numbers, pointers) in _FUNCTIONS.items():
         function = getattr(loaded, name)
         function.restype = None
         function.argtypes = [
             ctypes.POINTER(_Options),
-            *([ctypes.c_int64] if has_steps else []),
+            *[ctypes.c_int64] * numbers,
             *[ctypes.c_void_p] * pointers,
         ]
+    loaded.rum_use_large_pages.restype = None
+    loaded.rum_use_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     return loaded
 
 
@@ -145,6 +149,43 @@ class _Compiled:
     def norm_scratch(self, like: Tensor) -> Tensor:
         """Each thread's gradients of the layer norms."""
         return like.new_zeros(self._options.threads, self._options.replicas, 6 * self.size)
+
+
+def empty(shape: tuple[int, ...]) -> Tensor:
+    """Float32 numbers yet to be written; large ones in large pages."""
+    tensor = torch.empty(shape)
+    compiled = library()
+    if compiled is not None and 4 * tensor.numel() > _ALWAYS_NEW:
+        compiled.rum_use_large_pages(tensor.data_ptr(), 4 * tensor.numel())
+    return tensor
+
+
+def project(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Input weight' + bias in every replica, in float32: `(T, K, B, P)`.
+
+    Args:
+        input: `(T, K, B, M)`.
+        weight: `(K, P, M)`.
+        bias: `(K, P)`.
+    """
+    steps, replicas, batch, features = input.shape
+    columns = weight.shape[1]
+    out = empty((steps, replicas, batch, columns))
+    if out.numel():
+        loaded, panels = library(), _panels(weight)
+        assert loaded is not None
+        sizes = _Options(replicas=replicas, batch=batch, threads=torch.get_num_threads())
+        loaded.rum_project(
+            sizes,
+            steps,
+            features,
+            columns,
+            _pointer(panels),
+            _pointer(bias),
+            _pointer(input),
+            _pointer(out),
+        )
+    return out
 
 
 class CompiledRecurrence:

@@ -9,9 +9,13 @@
  * process to flush-to-zero. Sums are vectorised by `omp simd`; the instruction set is chosen when
  * the library is loaded, by features: the name of a processor would match its maker as well.
  */
+#define _DEFAULT_SOURCE
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -630,6 +634,41 @@ static Rows rows_from(int64_t first, const Share *my, const Options *o, int has_
     if (my.members > 1) {       \
         _Pragma("omp barrier")  \
     }
+
+/* Asks for large pages in memory that is not touched yet: taking it in small ones costs as much as
+ * the products that fill it. */
+void rum_use_large_pages(char *memory, int64_t bytes)
+{
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 1 << 21, begin = ((uintptr_t)memory + page - 1) & ~(page - 1);
+    const uintptr_t end = ((uintptr_t)memory + (uintptr_t)bytes) & ~(page - 1);
+    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+/* out [T, K, B, columns] = bias [K, columns] + input [T, K, B, depth] weights; panels are those of
+ * the weights (K, columns, depth). */
+void rum_project(
+    const Options *o, int64_t steps, int64_t depth, int64_t columns, const float *panels,
+    const float *bias, const float *input, float *out)
+{
+    const int64_t num_panels = (columns + WIDTH - 1) / WIDTH;
+    const Multiply multiply = choose_multiply();
+    const int64_t work = steps * o->replicas * o->batch * depth * columns;
+#pragma omp parallel for num_threads(work < SMALL ? 1 : o->threads)
+    for (int64_t block = 0; block < steps * o->replicas; block++) {
+        const int64_t k = block % o->replicas;
+        const float *rows = input + block * o->batch * depth;
+        float *result = out + block * o->batch * columns;
+        for (int64_t b = 0; b < o->batch; b++)
+            memcpy(result + b * columns, bias + k * columns, (size_t)columns * sizeof(float));
+        multiply(
+            o->batch, depth, columns, 0, num_panels, rows, depth,
+            panels + k * num_panels * WIDTH * depth, result, columns);
+    }
+}
 
 /* The sequence functions, for at least one row. Rows of all replicas stand below each other: R = K x batch. hidden [R, N]
  * is the initial state; panels those of the weights (K, 2N, N); pre [T, R, 3N] begins as the share

@@ -67,7 +67,7 @@ def run(
         None if memory is None else memory.to(dtype),
         None if mask is None else mask.to(dtype).contiguous(),
         weight_ih.to(dtype),
-        bias.to(dtype),
+        bias.to(dtype).contiguous(),
         weight_hh.to(dtype),
         [norm.to(dtype).contiguous() for norm in norms],
         backend,
@@ -113,8 +113,9 @@ def _sequence(
     options = _options(activation, eta, layer_norm_gate, zoneout, product_dtype)
     with torch.autocast(input.device.type, enabled=False):
         recurrence = _recurrence(backend, weight_hh, tuple(norms), options)
-        pre = _project(input, weight_ih, bias, options)
-        outputs = input.new_empty(*input.shape[:3], hidden.shape[-1])
+        pre = _project(backend, input, weight_ih, bias, options)
+        shape = (*input.shape[:3], hidden.shape[-1])
+        outputs = cpu.empty(shape) if backend == "cpu" else input.new_empty(shape)
         matrix = None
         if memory is not None:
             matrix = memory.clone(memory_format=torch.contiguous_format)
@@ -223,7 +224,7 @@ def _sequence_backward(
                 states = torch.cat((hidden.unsqueeze(0), outputs[: last - 1]))
             inputs = input[first:last]
             if recompute:
-                of_piece = _project(inputs, weight_ih, bias, options)
+                of_piece = _project(backend, inputs, weight_ih, bias, options)
                 of_piece[..., : 2 * size] += _products(states, weight_hh, options)
             else:
                 of_piece = pre[first:last]
@@ -344,11 +345,12 @@ def _pieces(steps: int, interval: int | None) -> list[tuple[int, int]]:
     return [(first, min(first + interval, steps)) for first in range(0, steps, interval)]
 
 
-def _project(input: Tensor, weight_ih: Tensor, bias: Tensor, options: RecurrenceOptions) -> Tensor:
+def _project(
+    backend: str, input: Tensor, weight_ih: Tensor, bias: Tensor, options: RecurrenceOptions
+) -> Tensor:
     """The inputs' share of all pre-activations, `(T, K, B, 3N)`."""
-    if len(weight_ih) == 1 and options.product_dtype is None:
-        shares = cpu.linear(input.flatten(0, 2), weight_ih[0], bias[0])
-        return shares.view(*input.shape[:3], weight_ih.shape[1])
+    if backend == "cpu":
+        return cpu.project(input, weight_ih, bias)
     return _products(input, weight_ih, options) + bias.unsqueeze(1)
 
 
