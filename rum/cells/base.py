@@ -75,10 +75,10 @@ class Cell(nn.Module, ABC):
 
     def unroll_steps(self, input: Tensor, state: State, noise: Noise) -> tuple[Tensor, State]:
         """Runs a sequence step by step, with the noise of the sequence drawn already."""
-        projected = self.project(input)
         outputs = []
-        for t in range(len(input)):
-            output, state = self.step(projected[t], state, noise_at(noise, t))
+        # Not indexed step by step: each gradient would be a sequence of zeros but for one step.
+        for t, projected in enumerate(self.project(input).unbind()):
+            output, state = self.step(projected, state, noise_at(noise, t))
             outputs.append(output)
         if not outputs:
             return input.new_zeros(0, input.shape[1], self.hidden_size), state
