@@ -29,6 +29,7 @@ from peers import (
 )
 from torch import nn
 
+import rum
 from rum.cells import RUMCell
 from rum.kernels.cpu import library
 
@@ -38,6 +39,7 @@ ROUNDS = 7
 SIZES = ((256, 128, 150), (1024, 128, 50), (100, 32, 150), (50, 128, 50), (250, 1, 150))
 COMPILED = (50, 128, 50)  # torch.compile unrolls time: minutes for the longer ones
 MEMORY_SIZES = ((50, 128, 50), (100, 32, 100))
+REPLICA_SIZES = ((20, 8, 50), (50, 32, 50), (100, 32, 150))
 BACKENDS = ["reference", "fused", *(["cpu"] if library() else [])]
 
 
@@ -79,6 +81,20 @@ def with_memory(size: int, batch: int, steps: int) -> dict[str, float]:
     result = measure({name: training(cell, input) for name, cell in cells.items()}, ROUNDS)
     result["error"] = error(cells[BACKENDS[-1]], input)
     return result
+
+
+def replicas(count: int, size: int, batch: int, steps: int) -> dict[str, float]:
+    """Layers side by side, and the same in turn."""
+    torch.manual_seed(0)
+    layers = [rum.RUM(INPUT_SIZE, size) for _ in range(count)]
+    input = torch.randn(count, steps, batch, INPUT_SIZE)
+    each = [training(layer, input[lane]) for lane, layer in enumerate(layers)]
+    peers = {
+        "one": each[0],
+        "in turn": lambda: [run() for run in each],
+        "side by side": training(rum.Replicas(layers), input),
+    }
+    return measure(peers, ROUNDS)
 
 
 def peak_gigabytes(backend: str) -> dict[str, float]:
@@ -133,6 +149,14 @@ def main() -> None:
             f"lambda 1, N {size:>3} B {batch:>3} T {steps:>3}: {fastest:8.1f} ms; ratio to fused "
             f"{fastest / row['fused']:.2f}, reference {fastest / row['reference']:.2f}; "
             f"error {row['error']:.0e}"
+        )
+    for size, batch, steps in REPLICA_SIZES:
+        name = f"16 replicas, N {size}, B {batch}, T {steps}"
+        row = table[name] = replicas(16, size, batch, steps)
+        print(
+            f"{name}: {row['side by side']:.1f} ms; ratio to one "
+            f"{row['side by side'] / row['one']:.1f}, to 16 in turn "
+            f"{row['side by side'] / row['in turn']:.2f}"
         )
     for backend in BACKENDS[1:]:
         row = table[f"lambda 1, N 100, B 128, T 1020, {backend}"] = peak_gigabytes(backend)

@@ -35,7 +35,7 @@ from rum.functional import (
 )
 from rum.kernels.backends import BACKENDS, Request, choose
 from rum.kernels.recurrence import RecurrenceOptions
-from rum.kernels.sequence import run
+from rum.kernels.sequence import replicas_at_a_time, run
 from rum.kernels.step import ACTIVATIONS
 
 logger = logging.getLogger(__name__)
@@ -351,6 +351,22 @@ def unroll_replicas(
         Outputs `(T, K, B, N)` and the state after the last step.
     """
     cell = cells[0]
+    together = replicas_at_a_time(backend, input, cell.hidden_size)
+    if together < len(cells):
+        lanes = [slice(first, first + together) for first in range(0, len(cells), together)]
+        results = [
+            unroll_replicas(
+                cells[part],
+                backend,
+                input[:, part],
+                tuple(tensor[part] for tensor in state),
+                None if mask is None else mask[:, part],
+            )
+            for part in lanes
+        ]
+        outputs = torch.cat([output for output, _ in results], 1)
+        states = zip(*(after for _, after in results), strict=True)
+        return outputs, tuple(torch.cat(tensors) for tensors in states)
     norms: tuple[Tensor, ...] = ()
     if cell.layer_norm_gate is not None:
         norms = tuple(map(_stack, zip(*(each.norms() for each in cells), strict=True)))

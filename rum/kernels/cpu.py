@@ -8,7 +8,7 @@ missing, `rum.kernels.fused` serves.
 import ctypes
 import sysconfig
 import warnings
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -198,6 +198,14 @@ class CompiledRecurrence:
         self._weight = weight
         self._compiled = _Compiled(weight.shape[-1], norms, options)
 
+    @cached_property
+    def _forward_panels(self) -> Tensor:
+        return _panels(self._weight)
+
+    @cached_property
+    def _backward_panels(self) -> Tensor:
+        return _panels(self._weight.mT)
+
     def piece(self, rows: int) -> int | None:
         """So many that their gradients stay in the cache.
 
@@ -220,12 +228,11 @@ class CompiledRecurrence:
         """See `Recurrence`."""
         if not outputs.numel():
             return
-        panels = _panels(self._weight)
         scratch = self._compiled.scratch(hidden)
         self._compiled.functions.rum_forward(
             self._compiled.options(hidden.shape[1]),
             len(pre),
-            _pointer(panels),
+            _pointer(self._forward_panels),
             _pointer(hidden),
             _pointer(mask),
             _pointer(pre),
@@ -250,12 +257,11 @@ class CompiledRecurrence:
         """See `Recurrence`."""
         if not outputs.numel():
             return
-        panels = _panels(self._weight.mT)
         scratch, of_norms = self._compiled.scratch(hidden), self._compiled.norm_scratch(hidden)
         self._compiled.functions.rum_backward(
             self._compiled.options(hidden.shape[1]),
             len(pre),
-            _pointer(panels),
+            _pointer(self._backward_panels),
             _pointer(pre),
             _pointer(hidden),
             _pointer(outputs),

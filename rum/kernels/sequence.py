@@ -19,6 +19,8 @@ from rum.kernels.fused import FusedRecurrence
 from rum.kernels.memory import CHECKPOINT_INTERVAL, initial_skew
 from rum.kernels.recurrence import Recurrence, RecurrenceOptions
 
+_CACHED = 2**20  # pre-activations of replicas that run side by side on a CPU
+
 Weights = tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]
 """Of K RUM cells: `weight_ih (K, 3N, input_size)`, `bias (K, 3N)`, `weight_hh (K, 2N, N)` and the
 layer norms that `Recurrence` describes."""
@@ -79,6 +81,17 @@ def run(
         recompute,
     )
     return outputs, None if memory is None else last_memory
+
+
+def replicas_at_a_time(backend: str, input: Tensor, size: int) -> int:
+    """How many replicas of N = `size` to run side by side, by an input `(T, K, B, input_size)`.
+
+    A processor gains from few that fit its cache, and loses all of that to memory with more.
+    """
+    steps, replicas, batch, _ = input.shape
+    if backend != "cpu":
+        return replicas
+    return max(1, _CACHED // max(1, 3 * steps * batch * size))
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype | None:
@@ -366,10 +379,12 @@ def _products(values: Tensor, weight: Tensor, options: RecurrenceOptions) -> Ten
 def _add_gradient(total: Tensor, grad: Tensor, values: Tensor, options: RecurrenceOptions) -> None:
     """Adds grad' values, summed over time and batch, to a weight's gradient in every replica."""
     dtype = options.product_dtype or total.dtype
-    # Columns of wider rows as they are: oneDNN would take a hundred times as long.
-    grad, values = grad.to(dtype).contiguous(), values.to(dtype)
-    if len(total) == 1:
-        cpu.add_product(total[0], grad.flatten(0, 2), values.flatten(0, 2))
+    grad, values = grad.to(dtype), values.to(dtype)
+    if len(total) == 1 or total.device.type == "cpu":
+        for k, of_replica in enumerate(total):
+            # Columns of wider rows as they are: oneDNN would take a hundred times as long.
+            rows = grad[:, k].flatten(0, 1).contiguous()
+            cpu.add_product(of_replica, rows, values[:, k].flatten(0, 1))
     else:
         grad, values = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (grad, values))
         total += grad.mT @ values
