@@ -25,13 +25,14 @@ from rum.parameters import flatten, nearest
 from rum.plugins import load_plugins
 from rum.tasks import TASKS
 from rum.train import TrainConfig
-from rum.tune.config import EvaluateConfig, ResumeConfig, SearchConfig
+from rum.tune.config import CheckConfig, EvaluateConfig, ResumeConfig, SearchConfig
 
 SCHEMAS = {
     "train_schema": TrainConfig,
     "search_schema": SearchConfig,
     "resume_schema": ResumeConfig,
     "evaluate_schema": EvaluateConfig,
+    "check_schema": CheckConfig,
 }
 
 

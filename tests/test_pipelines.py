@@ -39,6 +39,7 @@ COMMANDS = {
     "no corpus": (*QUICK, "task.corpus=ptb"),
     "no Ray": QUICK,
     "continue nothing": ("resume", "study=mine", "training.max_epochs=9"),
+    "check nothing": ("check", "study=mine"),
     "evaluate": ("evaluate", "checkpoint=CHECKPOINT"),
     "evaluate a foreign folder": ("evaluate", "checkpoint=."),
 }
@@ -283,6 +284,12 @@ def test_a_dead_cluster_is_named_before_the_search_begins(outcomes: Outcomes) ->
 def test_continuing_a_study_that_is_not_there_is_refused(outcomes: Outcomes) -> None:
     outcome = outcomes["continue nothing"]
     assert re.search(r"there is no study 'mine': .*/outputs is no folder", outcome.error)
+    assert outcome.written == set()
+
+
+def test_checking_a_study_that_is_not_there_is_an_error(outcomes: Outcomes) -> None:
+    outcome = outcomes["check nothing"]
+    assert re.search(r"there is no study 'mine': .*/outputs has no studies", outcome.error)
     assert outcome.written == set()
 
 

@@ -27,6 +27,7 @@ from rum.train import TrainConfig
 from rum.tune.config import (
     SAMPLERS,
     SCHEDULERS,
+    CheckConfig,
     EvaluateConfig,
     ResumeConfig,
     SearchConfig,
@@ -48,7 +49,7 @@ PIPELINE = {
     "babi": "tune_babi",
     "character_lm": "tune_ptb",
 }
-REQUIRED = {"resume": ["study=s"], "evaluate": ["checkpoint=c"]}
+REQUIRED = {"resume": ["study=s"], "evaluate": ["checkpoint=c"], "check": ["study=s"]}
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +88,7 @@ def test_each_pipeline_has_a_primary_configuration() -> None:
     [
         *((f"tune_{task}", SearchConfig) for task in ("ptb", "copying", "recall", "babi")),
         ("train", TrainConfig),
+        ("check", CheckConfig),
         ("resume", ResumeConfig),
         ("evaluate", EvaluateConfig),
     ],

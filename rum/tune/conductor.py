@@ -24,8 +24,8 @@ from rum.tune.asha import Rungs
 from rum.tune.messages import Workplace
 from rum.tune.provenance import trial_tags
 from rum.tune.space import apply
-from rum.tune.study import ORIGIN, REASON, RUNG, Study, TrialSpec, is_sound
-from rum.tune.tracking import FAILED, FINISHED, INTERRUPTED, KILLED, Tracker, ended
+from rum.tune.study import ORIGIN, REASON, RUNG, Study, TrialSpec, is_sound, run_status
+from rum.tune.tracking import INTERRUPTED, Tracker, ended
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,7 @@ class Conductor:
             flatten(plain),
             tags,
             parent_id=origin["run_id"] if origin else None,
+            began=self._study.trial(number).datetime_start,
         )
 
     # What goes on
@@ -197,27 +198,20 @@ class Conductor:
         if reason is not None:
             self._study.note(number, REASON, reason)
         self._study.finish(number, state, value)
-        frozen = next(trial for trial in self._study.trials() if trial.number == number)
-        self._end_run(frozen, worker)
+        self._end_run(self._study.trial(number), worker)
         best = self.best
         if best is not None and best.value is not None:
             self._tracker.log_best(self._metric, best.value, self.num_ended)
 
     def _end_run(self, trial: FrozenTrial, worker: dict[str, Any] | None = None) -> None:
         reason = str(trial.user_attrs.get(REASON, ""))
-        if trial.state == TrialState.COMPLETE:
-            status = FINISHED
-        elif trial.state == TrialState.PRUNED and is_sound(trial):
-            status = KILLED
-        else:
-            status = FAILED
         tags = {"rum.state": trial.state.name}
         if reason:
             tags["rum.reason"] = reason
         if trial.user_attrs.get(RUNG) is not None:
             tags["rum.rung"] = str(trial.user_attrs[RUNG])
         tags |= {f"rum.worker_{key}": str(value) for key, value in (worker or {}).items()}
-        self._tracker.end_trial(trial.number, status, tags)
+        self._tracker.end_trial(trial.number, run_status(trial), tags, at=trial.datetime_complete)
 
     def interrupt(self) -> None:
         """Marks what is still running as to be gone on with."""

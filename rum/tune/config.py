@@ -178,6 +178,18 @@ class ResumeConfig:
 
 
 @dataclass(kw_only=True)
+class CheckConfig:
+    """Options of `pipelines/check.py`: whether Optuna and MLflow say the same of a study."""
+
+    study: str
+    """Name of the study."""
+    json: bool = False
+    """Print the result as JSON, for programs."""
+    output_dir: str = "outputs"
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass(kw_only=True)
 class EvaluateConfig:
     """Options of `pipelines/evaluate.py`."""
 

@@ -166,6 +166,10 @@ class Study:
         """All trials, or those in some states."""
         return self._study.get_trials(deepcopy=False, states=states or None)
 
+    def trial(self, number: int) -> FrozenTrial:
+        """One of them."""
+        return self.trials()[number]
+
     def enqueue(self, parameters: dict[str, Any], origin: dict[str, Any]) -> None:
         """Queues a trial that continues another."""
         self._study.enqueue_trial(parameters, user_attrs={ORIGIN: origin})
@@ -212,6 +216,15 @@ class Study:
 def is_sound(trial: FrozenTrial) -> bool:
     """Whether a trial ended by itself or by the scheduler (not by diverging)."""
     return not str(trial.user_attrs.get(REASON, "")).startswith("diverged")
+
+
+def run_status(trial: FrozenTrial) -> str:
+    """What the status of a trial's MLflow run is to be, in MLflow's words."""
+    if trial.state == TrialState.RUNNING:
+        return "SCHEDULED"  # no process has it now; resume=yes goes on
+    if trial.state == TrialState.COMPLETE:
+        return "FINISHED"
+    return "KILLED" if trial.state == TrialState.PRUNED and is_sound(trial) else "FAILED"
 
 
 def study_names(storage: optuna.storages.RDBStorage) -> list[str]:

@@ -11,7 +11,8 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -142,28 +143,10 @@ class Tracker:
         self._logged: dict[str, set[int]] = {}
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._error: Exception | None = None
-        self._existing = self._find_runs()
+        self._existing = dict(study_runs(client, experiment_id, study, study_id))
         self.parent_id = self._open_run(None, study, {}, parameters)
         self._thread = threading.Thread(target=self._write, name="mlflow-writer", daemon=True)
         self._thread.start()
-
-    def _find_runs(self) -> dict[int | None, Run]:
-        """This study's runs by trial number; the parent's is None."""
-        runs: dict[int | None, Run] = {}
-        token = None
-        while True:
-            page = self.client.search_runs(
-                [self._experiment_id],
-                study_filter(self._study, self._study_id),
-                max_results=1000,
-                page_token=token,
-            )
-            for run in page:
-                number = run.data.tags.get(TRIAL_TAG)
-                runs[None if number is None else int(number)] = run
-            token = page.token
-            if not token:
-                return runs
 
     def _open_run(
         self,
@@ -171,6 +154,7 @@ class Tracker:
         name: str,
         tags: Mapping[str, str],
         parameters: Mapping[str, Any],
+        began: datetime | None = None,
     ) -> str:
         """Finds or makes a run and marks it as running; completes one that was half made."""
         known = self._known_run_id(number)
@@ -182,6 +166,7 @@ class Tracker:
         else:
             run = self.client.create_run(
                 self._experiment_id,
+                start_time=milliseconds(began),
                 run_name=name,
                 tags={
                     **self._tags,
@@ -245,11 +230,11 @@ class Tracker:
         finally:
             self._queue.put(None)
 
-    def _set_status(self, run_id: str, status: str) -> None:
+    def _set_status(self, run_id: str, status: str, at: datetime | None = None) -> None:
         if status in (RUNNING, INTERRUPTED):
             self.client.update_run(run_id, status=status)
         else:
-            self.client.set_terminated(run_id, status)
+            self.client.set_terminated(run_id, status, milliseconds(at))
 
     def start_trial(
         self,
@@ -258,12 +243,13 @@ class Tracker:
         parameters: Mapping[str, Any],
         tags: Mapping[str, str],
         parent_id: str | None = None,
+        began: datetime | None = None,
     ) -> None:
-        """Finds or makes the run of a trial and marks it as running."""
+        """Finds or makes the run of a trial, which `began` then, and marks it as running."""
 
         def job() -> None:
             own = {TRIAL_TAG: str(number), PARENT_TAG: parent_id or self.parent_id, **tags}
-            self._open_run(number, name, own, parameters)
+            self._open_run(number, name, own, parameters, began)
 
         self._enqueue(job)
 
@@ -292,13 +278,19 @@ class Tracker:
 
         self._enqueue(job)
 
-    def end_trial(self, number: int | None, status: str, tags: Mapping[str, str]) -> None:
-        """Sets the final status of a trial's run (None: the parent's)."""
+    def end_trial(
+        self,
+        number: int | None,
+        status: str,
+        tags: Mapping[str, str],
+        at: datetime | None = None,
+    ) -> None:
+        """Sets the final status of a trial's run (None: the parent's), ended `at` then, or now."""
 
         def job() -> None:
             run_id = self.run_id(number)
             self.client.log_batch(run_id, tags=[RunTag(k, v[:5000]) for k, v in tags.items()])
-            self._set_status(run_id, status)
+            self._set_status(run_id, status, at)
 
         self._enqueue(job)
 
@@ -327,6 +319,28 @@ class Tracker:
 def ended(status: str | None) -> bool:
     """Whether a run's status is final."""
     return status in (FINISHED, FAILED, KILLED)
+
+
+def milliseconds(at: datetime | None) -> int | None:
+    """A time as MLflow has it."""
+    return None if at is None else int(at.timestamp() * 1000)
+
+
+def study_runs(
+    client: MlflowClient, experiment_id: str, study: str, study_id: str = ""
+) -> Iterator[tuple[int | None, Run]]:
+    """A study's runs with their trial's number; the parent's is None."""
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment_id], study_filter(study, study_id), max_results=1000, page_token=token
+        )
+        for run in page:
+            number = run.data.tags.get(TRIAL_TAG)
+            yield None if number is None else int(number), run
+        token = page.token
+        if not token:
+            return
 
 
 def study_filter(study: str, study_id: str) -> str:

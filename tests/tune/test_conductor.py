@@ -72,7 +72,10 @@ class Driver:
             dataclasses.asdict(BASE), str(output_dir / "studies" / "study"), None
         )
         client, experiment_id = connect(TrackingConfig(), output_dir)
-        self.tracker = Tracker(client, experiment_id, "study", TASK, {}, {"a": 1})
+        tags = {"rum.metric": TASK.metric}
+        self.tracker = Tracker(
+            client, experiment_id, "study", TASK, tags, {"a": 1}, study_id=self.study.id
+        )
         rungs = Rungs(milestones, 2, "min")
         self.conductor = Conductor(self.study, BASE, TASK, rungs, self.tracker, self.workplace)
 
