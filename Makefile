@@ -18,7 +18,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 # The marker file is written last, so that an interrupted installation is repeated.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt rum/kernels/rum_cpu.c rum/kernels/rum_cpu_product.h
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard rum/kernels/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tune]'

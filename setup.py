@@ -1,4 +1,4 @@
-"""Builds the compiled kernel where there is a C compiler; all else is in pyproject.toml."""
+"""Builds the compiled kernels where there is a C compiler; all else is in pyproject.toml."""
 
 import platform
 import sys
@@ -9,8 +9,8 @@ from setuptools import Extension, setup
 # ask for libgomp.so.1. Without a compiler the installation goes on (`optional`).
 KERNEL = Extension(
     "rum.kernels._rum_cpu",
-    ["rum/kernels/rum_cpu.c"],
-    depends=["rum/kernels/rum_cpu_product.h"],
+    ["rum/kernels/rum_cpu.c", "rum/kernels/rum_cpu_gates.c"],
+    depends=["rum/kernels/rum_cpu_product.h", "rum/kernels/rum_cpu_rows.h"],
     extra_compile_args=[
         "-O3",
         "-fopenmp",

@@ -327,6 +327,7 @@ class FastSlowRNN(RecurrentLayer):
         num_fast_cells: int = 2,
         batch_first: bool = False,
         dropout: float = 0.0,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -339,6 +340,7 @@ class FastSlowRNN(RecurrentLayer):
             num_fast_cells: The k of FS-RNN-k, >= 2.
             batch_first: Input and output are `(B, T, features)`.
             dropout: Probability of zeroing a unit between fast and slow cells, in [0, 1).
+            backend: As `rum.cells.FastSlowCell`.
             device: Of the parameters.
             dtype: Of the parameters.
         """
@@ -348,6 +350,7 @@ class FastSlowRNN(RecurrentLayer):
             slow,
             num_fast_cells=num_fast_cells,
             dropout=dropout,
+            backend=backend,
             device=device,
             dtype=dtype,
         )

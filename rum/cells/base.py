@@ -1,5 +1,6 @@
 """What every recurrent cell and its configuration promise, and the registry of models."""
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -8,8 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from rum.checks import check_at_least, check_probability
+from rum.checks import check_at_least, check_choice, check_probability
 from rum.errors import ConfigError
+from rum.kernels.backends import BACKENDS, Request, choose
+
+logger = logging.getLogger(__name__)
 
 State = tuple[Tensor, ...]
 """What a cell carries from step to step: tensors `(B, ...)`, the output's own state first."""
@@ -115,6 +119,40 @@ class Cell(nn.Module, ABC):
                 f"input and state must have the dtype of the weights, {weights}, got {given}"
             )
         return initial if state is None else state
+
+
+class AcceleratedCell(Cell):
+    """A cell with whole-sequence kernels beside its `step`.
+
+    Attributes:
+        backend: "auto", or the one of `rum.kernels.backends.BACKENDS` that is to run sequences.
+    """
+
+    backend: str
+    _logged_backend = ""
+
+    def set_backend(self, backend: str) -> None:
+        """Raises ConfigError if there is no such backend."""
+        check_choice("backend", backend, BACKENDS)
+        self.backend = backend
+
+    @abstractmethod
+    def request(self, state: State) -> Request:
+        """What a sequence that begins with `state` asks of a backend."""
+
+    def choose_backend(self, state: State) -> str:
+        """Names the backend that runs sequences from `state`; the first time it is logged.
+
+        Raises:
+            ConfigError: If the one that was asked for cannot.
+        """
+        request = self.request(state)
+        backend = choose(self.backend, request)
+        if backend != self._logged_backend and not torch.compiler.is_compiling():
+            self._logged_backend = backend
+            name = type(self).__name__
+            logger.debug("%s runs on backend %r (%s)", name, backend, request.device)
+        return backend
 
 
 def _is_autocast(device_type: str) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rum.cells.base import (
+    AcceleratedCell,
     Cell,
     CellConfig,
     Noise,
@@ -17,12 +18,15 @@ from rum.cells.base import (
     bernoulli_mask,
     register_model,
 )
-from rum.cells.lstm import LSTMCellConfig
-from rum.cells.rum import RUMCellConfig
+from rum.cells.gru import GRUCell
+from rum.cells.lstm import LSTMCell, LSTMCellConfig
+from rum.cells.rum import RUMCell, RUMCellConfig
 from rum.checks import check_at_least, check_probability
+from rum.kernels.backends import Request
+from rum.kernels.chain import INPUT, NOTHING, PREVIOUS, Link, run
 
 
-class FastSlowCell(Cell):
+class FastSlowCell(AcceleratedCell):
     """One step of an FS-RNN; D is dropout with a fresh mask per step and position.
 
     ```
@@ -48,11 +52,17 @@ class FastSlowCell(Cell):
         *,
         num_fast_cells: int = 2,
         dropout: float = 0.0,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Builds `num_fast_cells` cells of `fast`, separate weights, and one of `slow`."""
+        """Builds `num_fast_cells` cells of `fast`, separate weights, and one of `slow`.
+
+        Backends other than "reference" serve LSTM cells, GRU cells with `reset_after` and RUM
+        cells with lambda = 0; see `rum.kernels.backends`.
+        """
         super().__init__()
+        self.set_backend(backend)
         check_at_least("num_fast_cells", num_fast_cells, 2)
         check_probability("dropout", dropout)
         first = fast.build(input_size, device=device, dtype=dtype)
@@ -94,6 +104,49 @@ class FastSlowCell(Cell):
             ),
         )
 
+    def unroll(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Runs a sequence on the backend in force; see `Cell.unroll`."""
+        state = self.begin(input, state)
+        backend = self.choose_backend(state)
+        if backend == "reference":
+            return super().unroll(input, state)
+        noise = self.sample_noise(input.shape[0], input.shape[1])
+        count = self._num_fast_tensors
+        links = self._links(noise)
+        outputs, (fast, slow) = run(backend, input, [state[:count], state[count:]], links)
+        return outputs, fast + slow
+
+    def request(self, state: State) -> Request:
+        """See `AcceleratedCell`."""
+        weight = next(self.parameters())
+        return Request(
+            size=max(self.hidden_size, self.slow.hidden_size),
+            dtype=weight.dtype,
+            device=weight.device,
+            obstacle=next(filter(None, map(_obstacle, (*self.fast, self.slow))), None),
+        )
+
+    def _links(self, noise: Noise) -> list[Link]:
+        """The cells in the order of a step; see the class."""
+        *cell_noise, dropouts = noise or ((),) * (len(self.fast) + 2)
+        to_slow, to_fast = dropouts or (None, None)
+        assert not isinstance(to_slow, tuple)
+        assert not isinstance(to_fast, tuple)
+        first, second, *others = (
+            (self._fast(index), _tuple(cell_noise[index])) for index in range(len(self.fast))
+        )
+        order = [
+            (*first, INPUT, 0, None),
+            (self.slow, _tuple(cell_noise[-1]), PREVIOUS, 1, to_slow),
+            (*second, PREVIOUS, 0, to_fast),
+            *((*other, NOTHING, 0, None) for other in others),
+        ]
+        links = []
+        for cell, own, source, slot, dropout in order:
+            assert isinstance(cell, LSTMCell | GRUCell | RUMCell)
+            links.append(cell.link(source, slot, own, dropout))
+        return links
+
     def project(self, input: Tensor) -> Tensor:
         """The first fast cell's projection of the input."""
         return self._fast(0).project(input)
@@ -121,6 +174,16 @@ class FastSlowCell(Cell):
                 cell.project(output), fast_state, _tuple(cell_noise[index])
             )
         return output, fast_state + slow_state
+
+
+def _obstacle(cell: nn.Module) -> str | None:
+    """Why a cell cannot be one of several in a kernel's step; None where it can."""
+    served = "serves LSTM, GRU (reset_after=True) and RUM (lambda_=0) cells without observer"
+    if isinstance(cell, RUMCell) and cell.lambda_ == 0 and cell.observer is None:
+        return None
+    if isinstance(cell, LSTMCell) or (isinstance(cell, GRUCell) and cell.reset_after):
+        return None
+    return f"{served}, got {type(cell).__name__}"
 
 
 def _tuple(noise: "Tensor | Noise") -> Noise:

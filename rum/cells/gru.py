@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rum.cells.base import (
-    Cell,
+    AcceleratedCell,
     CellConfig,
     Noise,
     StackConfig,
@@ -18,11 +18,13 @@ from rum.cells.base import (
     semi_orthogonal,
 )
 from rum.checks import check_at_least, check_choice
+from rum.kernels.backends import Request
+from rum.kernels.chain import INPUT, Link, run
 
 INITIALIZATIONS = ("glorot", "orthogonal")
 
 
-class GRUCell(Cell):
+class GRUCell(AcceleratedCell):
     """One step of a GRU.
 
     ```
@@ -50,12 +52,17 @@ class GRUCell(Cell):
         *,
         reset_after: bool = False,
         initialization: str = "glorot",
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """See `GRUCellConfig` for the options."""
+        """See `GRUCellConfig` for the options, `rum.kernels.backends` for backends.
+
+        Those other than "reference" serve `reset_after`, which takes one product a step.
+        """
         super().__init__()
         GRUCellConfig(hidden_size=hidden_size, initialization=initialization)  # checks the options
+        self.set_backend(backend)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.reset_after = reset_after
@@ -114,6 +121,41 @@ class GRUCell(Cell):
         candidate = torch.tanh(of_candidate + share)
         new = update * hidden + (1 - update) * candidate
         return new, (new,)
+
+    def unroll(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Runs a sequence on the backend in force; see `Cell.unroll`."""
+        state = self.begin(input, state)
+        backend = self.choose_backend(state)
+        if backend == "reference":
+            return super().unroll(input, state)
+        outputs, (state,) = run(backend, input, [state], [self.link(INPUT, 0, (), None)])
+        return outputs, state
+
+    def request(self, state: State) -> Request:
+        """See `AcceleratedCell`."""
+        weight = self.weight_hh
+        return Request(
+            size=self.hidden_size,
+            dtype=weight.dtype,
+            device=weight.device,
+            obstacle=None if self.reset_after else "serves a GRU with reset_after=True",
+        )
+
+    def link(self, source: str, slot: int, noise: Noise, dropout: Tensor | None) -> Link:
+        """This cell, with the reset gate after the product, as one of those in a step."""
+        assert self.hidden_bias is not None
+        return Link(
+            kind="gru",
+            weight_ih=self.weight_ih,
+            bias=torch.cat((self.bias, self.hidden_bias)),
+            weight_hh=self.weight_hh,
+            norms=(),
+            options=None,
+            source=source,
+            slot=slot,
+            masks=(),
+            dropout=dropout,
+        )
 
     def extra_repr(self) -> str:
         """Sizes and options, for `print(model)`."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rum.cells.base import (
-    Cell,
+    AcceleratedCell,
     CellConfig,
     Noise,
     StackConfig,
@@ -22,9 +22,12 @@ from rum.cells.layer_norm import LayerNorm
 from rum.checks import check_at_least, check_probability
 from rum.errors import ConfigError
 from rum.functional import zoneout
+from rum.kernels.backends import Request
+from rum.kernels.chain import INPUT, Link, run
+from rum.kernels.gates import LSTMOptions
 
 
-class LSTMCell(Cell):
+class LSTMCell(AcceleratedCell):
     """One step of an LSTM, gates in torch's order i, f, g, o.
 
     ```
@@ -51,10 +54,11 @@ class LSTMCell(Cell):
         zoneout_h: float = 0.0,
         zoneout_c: float = 0.0,
         forget_bias: float = 1.0,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """See `LSTMCellConfig` for the options."""
+        """See `LSTMCellConfig` for the options, `rum.kernels.backends` for backends."""
         super().__init__()
         LSTMCellConfig(  # checks the options
             hidden_size=hidden_size,
@@ -62,6 +66,7 @@ class LSTMCell(Cell):
             zoneout_c=zoneout_c,
             forget_bias=forget_bias,
         )
+        self.set_backend(backend)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.zoneout_h = zoneout_h
@@ -127,6 +132,46 @@ class LSTMCell(Cell):
         new_hidden = zoneout(new_hidden, hidden, self.zoneout_h, mask_h)
         new_cell = zoneout(new_cell, cell, self.zoneout_c, mask_c)
         return new_hidden, (new_hidden, new_cell)
+
+    def unroll(self, input: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Runs a sequence on the backend in force; see `Cell.unroll`."""
+        state = self.begin(input, state)
+        backend = self.choose_backend(state)
+        if backend == "reference":
+            return super().unroll(input, state)
+        noise = self.sample_noise(input.shape[0], input.shape[1])
+        outputs, (state,) = run(backend, input, [state], [self.link(INPUT, 0, noise, None)])
+        return outputs, state
+
+    def request(self, state: State) -> Request:
+        """See `AcceleratedCell`."""
+        weight = self.weight_hh
+        return Request(size=self.hidden_size, dtype=weight.dtype, device=weight.device)
+
+    def link(self, source: str, slot: int, noise: Noise, dropout: Tensor | None) -> Link:
+        """This cell as one of those in a step."""
+        norms: tuple[Tensor, ...] = ()
+        if self.gate_norm is not None and self.cell_norm is not None:
+            norms = (
+                self.gate_norm.gain,
+                self.gate_norm.shift,
+                self.cell_norm.gain,
+                self.cell_norm.shift,
+            )
+        return Link(
+            kind="lstm",
+            weight_ih=self.weight_ih,
+            bias=self.bias,
+            weight_hh=self.weight_hh,
+            norms=norms,
+            options=LSTMOptions(
+                forget_bias=self.forget_bias, zoneout_h=self.zoneout_h, zoneout_c=self.zoneout_c
+            ),
+            source=source,
+            slot=slot,
+            masks=tuple(mask for mask in noise if isinstance(mask, Tensor)),
+            dropout=dropout,
+        )
 
     def extra_repr(self) -> str:
         """Sizes and options, for `print(model)`."""

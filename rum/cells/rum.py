@@ -1,6 +1,5 @@
 """Rotational Unit of Memory cell (Dangovski et al., section 3.2; 2019 in TACL 7)."""
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rum.cells.base import (
-    Cell,
+    AcceleratedCell,
     CellConfig,
     Noise,
     StackConfig,
@@ -33,12 +32,11 @@ from rum.functional import (
     time_normalize,
     zoneout,
 )
-from rum.kernels.backends import BACKENDS, Request, choose
+from rum.kernels.backends import Request
+from rum.kernels.chain import Link
 from rum.kernels.recurrence import RecurrenceOptions
 from rum.kernels.sequence import replicas_at_a_time, run
 from rum.kernels.step import ACTIVATIONS
-
-logger = logging.getLogger(__name__)
 
 LOWEST_LEAK = 1e-5
 """Smallest power between 0 and 1: below, float32 loses orthogonality at exactly opposite pairs."""
@@ -55,7 +53,7 @@ class Observation:
     hidden: Tensor
 
 
-class RUMCell(Cell):
+class RUMCell(AcceleratedCell):
     """One step of a RUM, with hidden state h and, for lambda = 1, associative memory R.
 
     ```
@@ -132,12 +130,12 @@ class RUMCell(Cell):
             zoneout=zoneout,
             activation=activation,
         )
-        check_choice("backend", backend, BACKENDS)
+        self.set_backend(backend)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.lambda_ = lambda_
         self.lambda_trainable = lambda_trainable
-        if backend in ("fused", "cpu") and not self._has_fixed_power:
+        if backend not in ("auto", "reference") and not self._has_fixed_power:
             raise ConfigError(
                 f"backend {backend!r} serves a fixed lambda_ of 0 or 1, got {lambda_}"
                 f"{' trainable' if lambda_trainable else ''}: use 'reference'"
@@ -154,10 +152,8 @@ class RUMCell(Cell):
         self.layer_norm_gate = layer_norm_gate if layer_norm else None
         self.zoneout = zoneout
         self.activation = activation
-        self.backend = backend
         self.recompute = recompute
         self.observer: Callable[[Observation], None] | None = None
-        self._logged_backend = ""
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight_ih = nn.Parameter(torch.empty(3 * hidden_size, input_size, **like))
         self.weight_hh = nn.Parameter(torch.empty(2 * hidden_size, hidden_size, **like))
@@ -300,27 +296,39 @@ class RUMCell(Cell):
         return outputs.squeeze(1), tuple(tensor.squeeze(0) for tensor in state)
 
     def choose_backend(self, state: State) -> str:
-        """Names the backend that runs sequences from `state`; the first time it is logged.
+        """See `AcceleratedCell`; with an observer "reference", which computes what it sees."""
+        return "reference" if self.observer is not None else super().choose_backend(state)
 
-        Raises:
-            ConfigError: If the one that was asked for cannot.
-        """
-        if self.observer is not None:
-            return "reference"  # the only one that computes what is observed
+    def request(self, state: State) -> Request:
+        """See `AcceleratedCell`."""
+        obstacle = None
+        if not self._has_fixed_power:
+            obstacle = "serves a fixed lambda_ of 0 or 1"
+        elif torch.is_grad_enabled() and any(memory.requires_grad for memory in state[1:]):
+            obstacle = "gives no gradient to an initial associative memory"
         weight = self.weight_hh
-        learns_memory = torch.is_grad_enabled() and any(m.requires_grad for m in state[1:])
-        request = Request(
+        return Request(
             size=self.hidden_size,
-            has_fixed_power=self._has_fixed_power,
-            wants_memory_gradient=learns_memory,
-            dtype=weight.dtype,
+            dtype=torch.promote_types(weight.dtype, torch.float32),
             device=weight.device,
+            obstacle=obstacle,
         )
-        backend = choose(self.backend, request)
-        if backend != self._logged_backend and not torch.compiler.is_compiling():
-            self._logged_backend = backend
-            logger.debug("RUM runs on backend %r (%s)", backend, weight.device)
-        return backend
+
+    def link(self, source: str, slot: int, noise: Noise, dropout: Tensor | None) -> Link:
+        """This cell, with lambda = 0, as one of several in a step."""
+        mask = first_mask(noise)
+        return Link(
+            kind="rum",
+            weight_ih=self.weight_ih,
+            bias=self.input_bias(),
+            weight_hh=self.weight_hh,
+            norms=self.norms(),
+            options=_options([self]),
+            source=source,
+            slot=slot,
+            masks=() if mask is None else (mask,),
+            dropout=dropout,
+        )
 
     @property
     def _has_fixed_power(self) -> bool:
@@ -376,12 +384,7 @@ def unroll_replicas(
         _stack([each.weight_hh for each in cells]),
         norms,
     )
-    options = RecurrenceOptions(
-        activation=cell.activation,
-        eta=None if cell.eta is None else tuple(each.eta or 0.0 for each in cells),
-        layer_norm_gate=cell.layer_norm_gate,
-        zoneout=tuple(each.zoneout for each in cells),
-    )
+    options = _options(cells)
     hidden, memory = state[0], state[1] if len(state) == 2 else None
     outputs, memory = run(
         backend, input, hidden, memory, weights, mask, options, recompute=cell.recompute
@@ -389,6 +392,16 @@ def unroll_replicas(
     outputs = outputs.to(torch.promote_types(input.dtype, cell.weight_hh.dtype))
     last = outputs[-1] if outputs.shape[0] else hidden
     return outputs, (last,) if memory is None else (last, memory)
+
+
+def _options(cells: Sequence[RUMCell]) -> RecurrenceOptions:
+    cell = cells[0]
+    return RecurrenceOptions(
+        activation=cell.activation,
+        eta=None if cell.eta is None else tuple(each.eta or 0.0 for each in cells),
+        layer_norm_gate=cell.layer_norm_gate,
+        zoneout=tuple(each.zoneout for each in cells),
+    )
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

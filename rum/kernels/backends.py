@@ -1,4 +1,4 @@
-"""Which backend can serve a RUM over a sequence."""
+"""Which backend can serve a cell over a sequence."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,6 @@ from rum.kernels import cpu
 
 BACKENDS = ("auto", "reference", "fused", "cpu")
 _FASTEST_FIRST = ("cpu", "fused", "reference")
-_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,14 +16,12 @@ class Request:
     """What a call asks of a backend."""
 
     size: int
-    """N, of the hidden state."""
-    has_fixed_power: bool
-    """Whether lambda is 0 or 1 and not learned."""
-    wants_memory_gradient: bool
-    """Whether an initial associative memory needs a gradient."""
+    """N, of the (largest) hidden state."""
     dtype: torch.dtype
-    """Of the weights."""
+    """Of states: float32 where weights are in half precision."""
     device: torch.device
+    obstacle: str | None = None
+    """Why none but the reference can serve; None if others can."""
 
 
 def choose(asked: str, request: Request) -> str:
@@ -46,18 +43,10 @@ def _unserved(backend: str, request: Request) -> str | None:
     """Why a backend cannot serve a call; None where it can."""
     if backend == "reference":
         return None
-    if not request.has_fixed_power:
-        return "serves a fixed lambda_ of 0 or 1"
-    if request.wants_memory_gradient:
-        return "gives no gradient to an initial associative memory"
-    dtype = state_dtype(request.dtype)
-    if dtype not in (torch.float32, torch.float64):
+    if request.obstacle is not None:
+        return request.obstacle
+    if request.dtype not in (torch.float32, torch.float64):
         return f"computes in float32 or float64, got weights in {request.dtype}"
     if backend == "cpu":
-        return cpu.unserved(request.size, dtype, request.device)
+        return cpu.unserved(request.size, request.dtype, request.device)
     return None
-
-
-def state_dtype(weights: torch.dtype) -> torch.dtype:
-    """Of states, norms and memories: float32 with weights in half precision, else the weights'."""
-    return torch.float32 if weights in _HALF else weights

@@ -10,6 +10,7 @@ import sysconfig
 import warnings
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from rum.kernels.recurrence import RecurrenceOptions
 from rum.kernels.step import ACTIVATIONS
 
 LARGEST_SIZE = 16384
-_INTERFACE = 3  # INTERFACE in rum_cpu.c
+_INTERFACE = 4  # INTERFACE in rum_cpu.c
 _ROW_BUFFERS = 14  # rows of scratch for each thread, as in rum_cpu.c
 _PANEL_WIDTH = 16  # WIDTH there
 _ONEDNN_LINEAR = "_linear_pointwise"  # what TorchInductor calls; not in every build of torch
@@ -49,13 +50,19 @@ class _Options(ctypes.Structure):
     )
 
 
-# Whole numbers, then pointers, after the options.
-_FUNCTIONS = {
-    "rum_project": (3, 4),
-    "rum_forward": (1, 7),
-    "rum_backward": (1, 12),
-    "rum_step_forward": (0, 5),
-    "rum_step_backward": (0, 8),
+_NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
+_FUNCTIONS: dict[str, list[type]] = {
+    "rum_use_large_pages": [_POINTER, _NUMBER],
+    "rum_add_product": [*[_NUMBER] * 4, *[_POINTER] * 2, _NUMBER, _POINTER, _NUMBER],
+    "rum_project": [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 4],
+    "rum_forward": [_POINTER, _NUMBER, *[_POINTER] * 7],
+    "rum_backward": [_POINTER, _NUMBER, *[_POINTER] * 12],
+    "rum_step_forward": [_POINTER] * 6,
+    "rum_step_backward": [_POINTER] * 9,
+    "lstm_step_forward": [_POINTER] * 9,
+    "lstm_step_backward": [_POINTER] * 10,
+    "gru_step_forward": [*[_NUMBER] * 3, *[_POINTER] * 3],
+    "gru_step_backward": [*[_NUMBER] * 3, *[_POINTER] * 4],
 }
 
 
@@ -81,16 +88,10 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for name, (numbers, pointers) in _FUNCTIONS.items():
+    for name, arguments in _FUNCTIONS.items():
         function = getattr(loaded, name)
         function.restype = None
-        function.argtypes = [
-            ctypes.POINTER(_Options),
-            *[ctypes.c_int64] * numbers,
-            *[ctypes.c_void_p] * pointers,
-        ]
-    loaded.rum_use_large_pages.restype = None
-    loaded.rum_use_large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        function.argtypes = arguments
     return loaded
 
 
@@ -118,16 +119,15 @@ def unserved(size: int, dtype: torch.dtype, device: torch.device) -> str | None:
 class _Compiled:
     """The library with the options of one call."""
 
-    def __init__(self, size: int, norms: tuple[Tensor, ...], options: RecurrenceOptions) -> None:
+    def __init__(self, norms: tuple[Tensor, ...], options: RecurrenceOptions) -> None:
         loaded = library()
         assert loaded is not None
         self.functions = loaded
-        self.size = size
         self._norms = norms  # whose memory `_options` points to
         self._options = _Options(
             len(options.zoneout),
             0,
-            size,
+            0,
             list(ACTIVATIONS).index(options.activation),
             _GATE_NORMS[options.layer_norm_gate],
             options.eta is not None,
@@ -137,18 +137,19 @@ class _Compiled:
             *([norm.data_ptr() for norm in norms] or [0] * 4),
         )
 
-    def options(self, batch: int) -> _Options:
-        """With so many rows a replica."""
-        self._options.batch = batch
-        return self._options
+    def options(self, hidden: Tensor) -> Any:
+        """For a state `(..., B, N)`."""
+        self._options.batch, self._options.size = hidden.shape[-2:]
+        return ctypes.byref(self._options)
 
-    def scratch(self, like: Tensor) -> Tensor:
+    def scratch(self, hidden: Tensor) -> Tensor:
         """Rows of scratch for all threads."""
-        return like.new_empty(self._options.threads * _ROW_BUFFERS * self.size)
+        return hidden.new_empty(self._options.threads * _ROW_BUFFERS * hidden.shape[-1])
 
-    def norm_scratch(self, like: Tensor) -> Tensor:
+    def norm_scratch(self, hidden: Tensor) -> Tensor:
         """Each thread's gradients of the layer norms."""
-        return like.new_zeros(self._options.threads, self._options.replicas, 6 * self.size)
+        sizes = self._options.threads, self._options.replicas, 6 * hidden.shape[-1]
+        return hidden.new_zeros(sizes)
 
 
 def empty(shape: tuple[int, ...]) -> Tensor:
@@ -176,16 +177,44 @@ def project(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         assert loaded is not None
         sizes = _Options(replicas=replicas, batch=batch, threads=torch.get_num_threads())
         loaded.rum_project(
-            sizes,
+            ctypes.byref(sizes),
             steps,
             features,
             columns,
-            _pointer(panels),
-            _pointer(bias),
-            _pointer(input),
-            _pointer(out),
+            pointer(panels),
+            pointer(bias),
+            pointer(input),
+            pointer(out),
         )
     return out
+
+
+class PackedWeight:
+    """A weight `(P, M)` in float32 for many products with few rows."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """Packs it."""
+        loaded = library()
+        assert loaded is not None
+        self._functions = loaded
+        self._columns, self._depth = weight.shape
+        self._panels = _panels(weight.unsqueeze(0))
+        self._threads = torch.get_num_threads()
+
+    def add_to(self, total: Tensor, rows: Tensor) -> None:
+        """Total `(R, P)` += rows `(R, M)` weight'; of both only the last axis need be dense."""
+        assert total.stride(-1) == rows.stride(-1) == 1 or not rows.numel()
+        self._functions.rum_add_product(
+            len(rows),
+            self._depth,
+            self._columns,
+            self._threads,
+            pointer(self._panels),
+            rows.data_ptr(),
+            rows.stride(0),
+            total.data_ptr(),
+            total.stride(0),
+        )
 
 
 class CompiledRecurrence:
@@ -196,7 +225,7 @@ class CompiledRecurrence:
     ) -> None:
         """See `Recurrence`."""
         self._weight = weight
-        self._compiled = _Compiled(weight.shape[-1], norms, options)
+        self._compiled = _Compiled(norms, options)
 
     @cached_property
     def _forward_panels(self) -> Tensor:
@@ -213,7 +242,7 @@ class CompiledRecurrence:
         as much as the products. A piece has rows enough that adding its share to the weight's
         gradient costs little.
         """
-        size = self._compiled.size
+        size = self._weight.shape[-1]
         wanted = max(_PIECE // (3 * size), 2 * size)
         return max(1, wanted // max(1, rows))
 
@@ -230,15 +259,15 @@ class CompiledRecurrence:
             return
         scratch = self._compiled.scratch(hidden)
         self._compiled.functions.rum_forward(
-            self._compiled.options(hidden.shape[1]),
+            self._compiled.options(hidden),
             len(pre),
-            _pointer(self._forward_panels),
-            _pointer(hidden),
-            _pointer(mask),
-            _pointer(pre),
-            _pointer(memory),
-            _pointer(outputs),
-            _pointer(scratch),
+            pointer(self._forward_panels),
+            pointer(hidden),
+            pointer(mask),
+            pointer(pre),
+            pointer(memory),
+            pointer(outputs),
+            pointer(scratch),
         )
 
     def backward(
@@ -259,20 +288,20 @@ class CompiledRecurrence:
             return
         scratch, of_norms = self._compiled.scratch(hidden), self._compiled.norm_scratch(hidden)
         self._compiled.functions.rum_backward(
-            self._compiled.options(hidden.shape[1]),
+            self._compiled.options(hidden),
             len(pre),
-            _pointer(self._backward_panels),
-            _pointer(pre),
-            _pointer(hidden),
-            _pointer(outputs),
-            _pointer(mask),
-            _pointer(grad_outputs),
-            _pointer(memory),
-            _pointer(skew),
-            _pointer(grad_state),
-            _pointer(grad_pre),
-            _pointer(of_norms),
-            _pointer(scratch),
+            pointer(self._backward_panels),
+            pointer(pre),
+            pointer(hidden),
+            pointer(outputs),
+            pointer(mask),
+            pointer(grad_outputs),
+            pointer(memory),
+            pointer(skew),
+            pointer(grad_state),
+            pointer(grad_pre),
+            pointer(of_norms),
+            pointer(scratch),
         )
         _add_norms(grad_norms, of_norms)
 
@@ -280,10 +309,10 @@ class CompiledRecurrence:
 class RUMRows:
     """`rum.kernels.recurrence.Rows` of a RUM with lambda = 0, in float32."""
 
-    def __init__(self, norms: tuple[Tensor, ...], options: RecurrenceOptions, size: int) -> None:
-        """Of N = `size`; options of one replica."""
+    def __init__(self, norms: tuple[Tensor, ...], options: RecurrenceOptions) -> None:
+        """See `Rows`; options of one replica."""
         self.grad_norms = tuple(torch.zeros_like(norm) for norm in norms)
-        self._compiled = _Compiled(size, norms, options)
+        self._compiled = _Compiled(norms, options)
 
     def forward(
         self,
@@ -298,12 +327,12 @@ class RUMRows:
             return
         scratch = self._compiled.scratch(hidden)
         self._compiled.functions.rum_step_forward(
-            self._compiled.options(len(hidden)),
-            _pointer(pre),
-            _pointer(hidden),
-            _pointer(masks[0] if masks else None),
-            _pointer(new),
-            _pointer(scratch),
+            self._compiled.options(hidden),
+            pointer(pre),
+            pointer(hidden),
+            pointer(masks[0] if masks else None),
+            pointer(new),
+            pointer(scratch),
         )
 
     def backward(
@@ -322,20 +351,20 @@ class RUMRows:
         scratch, of_norms = self._compiled.scratch(hidden), self._compiled.norm_scratch(hidden)
         nothing = torch.zeros_like(hidden)
         self._compiled.functions.rum_step_backward(
-            self._compiled.options(len(hidden)),
-            _pointer(pre),
-            _pointer(hidden),
-            _pointer(masks[0] if masks else None),
-            _pointer(nothing),
-            _pointer(grad_state),
-            _pointer(grad_pre),
-            _pointer(of_norms),
-            _pointer(scratch),
+            self._compiled.options(hidden),
+            pointer(pre),
+            pointer(hidden),
+            pointer(masks[0] if masks else None),
+            pointer(nothing),
+            pointer(grad_state),
+            pointer(grad_pre),
+            pointer(of_norms),
+            pointer(scratch),
         )
         _add_norms(self.grad_norms, of_norms)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
     """Of a tensor that somebody holds; one that exists only as an argument would be gone."""
     if tensor is None:
         return None

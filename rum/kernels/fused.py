@@ -16,6 +16,7 @@ from rum.kernels.recurrence import RecurrenceOptions
 from rum.kernels.step import (
     Rotate,
     RotationGradients,
+    Step,
     StepOptions,
     backward,
     dot,
@@ -96,6 +97,65 @@ class FusedRecurrence:
             grad_embedded.copy_(gradients.embedded)
             torch.add(grad_kept, gradients.hidden, out=grad_state)
             _add_product(grad_state, grad_gates, self._weight)
+
+
+class RUMRows:
+    """`rum.kernels.recurrence.Rows` of a RUM with lambda = 0."""
+
+    def __init__(self, norms: tuple[Tensor, ...], options: RecurrenceOptions) -> None:
+        """See `Rows`; options of one replica."""
+        self.grad_norms = tuple(torch.zeros_like(norm) for norm in norms)
+        self._norms = _broadcast(norms)
+        self._zoneout = options.zoneout[0]
+        self._options = StepOptions(
+            activation=options.activation,
+            eta=None if options.eta is None else options.eta[0],
+            layer_norm_gate=options.layer_norm_gate,
+        )
+
+    def forward(
+        self,
+        pre: Tensor,
+        states: tuple[Tensor, ...],
+        masks: tuple[Tensor, ...],
+        new_states: tuple[Tensor, ...],
+    ) -> None:
+        """See `Rows`."""
+        step = self._step(pre, states[0])
+        keep = masks[0] if masks else self._zoneout
+        torch.lerp(step.normalized, states[0], keep, out=new_states[0])
+
+    def backward(
+        self,
+        pre: Tensor,
+        states: tuple[Tensor, ...],
+        masks: tuple[Tensor, ...],
+        new_states: tuple[Tensor, ...],
+        grads: tuple[Tensor, ...],
+        grad_pre: Tensor,
+    ) -> None:
+        """See `Rows`."""
+        step = self._step(pre, states[0])
+        grad_kept = grads[0] * (masks[0] if masks else self._zoneout)
+        gradients = backward(
+            step,
+            states[0],
+            grads[0] - grad_kept,
+            self._norms,
+            _broadcast(self.grad_norms),
+            self._options,
+        )
+        torch.cat((gradients.gates.flatten(-2), gradients.embedded), -1, out=grad_pre)
+        torch.add(grad_kept, gradients.hidden, out=grads[0])
+
+    def _step(self, pre: Tensor, hidden: Tensor) -> Step:
+        gates, embedded = _split(pre)
+        return forward(_by_gate(gates), embedded, hidden, self._norms, self._options, rotate_once)
+
+
+def _broadcast(norms: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Views of one replica's layer norms that broadcast over rows."""
+    return (*map(_by_gate, norms[:2]), *norms[2:])
 
 
 def _per_replica(norms: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -98,8 +98,9 @@ class Rows(Protocol):
     Made for one call with `(norms, options)`: the cell's layer norms and its typed options.
     """
 
-    grad_norms: tuple[Tensor, ...]
-    """As the norms; `backward` adds to them."""
+    @property
+    def grad_norms(self) -> tuple[Tensor, ...]:
+        """As the norms; what `backward` has added up."""
 
     def forward(
         self,

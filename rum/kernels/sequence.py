@@ -77,7 +77,7 @@ def run(
         options.eta,
         options.layer_norm_gate,
         options.zoneout,
-        _product_dtype(weight_hh),
+        product_dtype_of(weight_hh),
         recompute,
     )
     return outputs, None if memory is None else last_memory
@@ -94,7 +94,7 @@ def replicas_at_a_time(backend: str, input: Tensor, size: int) -> int:
     return max(1, _CACHED // max(1, 3 * steps * batch * size))
 
 
-def _product_dtype(weight: Tensor) -> torch.dtype | None:
+def product_dtype_of(weight: Tensor) -> torch.dtype | None:
     """Half precision where weights are in it or autocast asks for it."""
     if weight.dtype in (torch.float16, torch.bfloat16):
         return weight.dtype
@@ -317,14 +317,13 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-def _refuse_second_derivative(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "the fast backends of a RUM cannot be differentiated twice: use backend='reference'"
-    )
+def refuse_second_derivative(ctx: Any, *grads: Any) -> None:
+    """The gradient of a gradient operator."""
+    raise RuntimeError("the fast backends cannot be differentiated twice: use backend='reference'")
 
 
 _sequence.register_autograd(_gradients, setup_context=_save)
-_sequence_backward.register_autograd(_refuse_second_derivative)
+_sequence_backward.register_autograd(refuse_second_derivative)
 
 
 def _options(

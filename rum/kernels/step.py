@@ -63,7 +63,7 @@ class StepOptions:
 
 
 @dataclass
-class _Normal:
+class Normal:
     """A tensor at mean zero and variance one over its last axis."""
 
     standard: Tensor
@@ -75,10 +75,11 @@ class _Normal:
         return (grad - grad.mean(-1, keepdim=True) - self.standard * along) * self.inverse_std
 
 
-def _normal(x: Tensor) -> _Normal:
+def normal(x: Tensor) -> Normal:
+    """The tensor with what the gradient of its standard form needs."""
     centred = x - x.mean(-1, keepdim=True)
     inverse_std = torch.rsqrt(centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPS)
-    return _Normal(centred * inverse_std, inverse_std)
+    return Normal(centred * inverse_std, inverse_std)
 
 
 @dataclass
@@ -87,9 +88,9 @@ class Step:
 
     update: Tensor
     sigmoid: Tensor
-    gates_normal: _Normal | None  # [..., 2, N]
+    gates_normal: Normal | None  # [..., 2, N]
     rotation: Rotation
-    total_normal: _Normal | None
+    total_normal: Normal | None
     candidate: Tensor
     mixed: Tensor
     squared_norm: Tensor | None  # [..., 1], of `mixed`
@@ -108,16 +109,16 @@ def forward(
     gates_normal = total_normal = squared_norm = None
     target, sigmoid = gates.unbind(-2)
     if options.layer_norm_gate == "pre_sigmoid":
-        gates_normal = _normal(gates)
+        gates_normal = normal(gates)
         target, sigmoid = _scaled(gates_normal, norms).unbind(-2)
     update = sigmoid = torch.sigmoid(sigmoid)
     if options.layer_norm_gate == "post_sigmoid":
-        gates_normal = _normal(torch.stack((target, sigmoid), -2))
+        gates_normal = normal(torch.stack((target, sigmoid), -2))
         target, update = _scaled(gates_normal, norms).unbind(-2)
     rotation = rotate(embedded, target, hidden)
     total = embedded + rotation.turned
     if norms:
-        total_normal = _normal(total)
+        total_normal = normal(total)
         total = torch.addcmul(norms[3], total_normal.standard, norms[2])
     candidate = ACTIVATIONS[options.activation](total)
     normalized = mixed = torch.lerp(candidate, hidden, update)
@@ -137,7 +138,7 @@ def forward(
     )
 
 
-def _scaled(normal: _Normal, norms: tuple[Tensor, ...]) -> Tensor:
+def _scaled(normal: Normal, norms: tuple[Tensor, ...]) -> Tensor:
     return torch.addcmul(norms[1], normal.standard, norms[0])
 
 
@@ -168,7 +169,7 @@ def backward(
     grad_mixed = grad * step.update
     grad = (grad - grad_mixed) * _DERIVATIVES[options.activation](step.candidate)
     if step.total_normal is not None:
-        grad = _norm_backward(step.total_normal, grad, norms[2], grad_norms[2:])
+        grad = norm_backward(step.total_normal, grad, norms[2], grad_norms[2:])
     turned = step.rotation.backward(hidden, grad)
 
     through_sigmoid = step.sigmoid * (1 - step.sigmoid)
@@ -176,14 +177,14 @@ def backward(
         grad_update = grad_update * through_sigmoid
     grad_gates = torch.stack((turned.target, grad_update), -2)
     if step.gates_normal is not None:
-        grad_gates = _norm_backward(step.gates_normal, grad_gates, norms[0], grad_norms[:2])
+        grad_gates = norm_backward(step.gates_normal, grad_gates, norms[0], grad_norms[:2])
     if options.layer_norm_gate == "post_sigmoid":
         grad_gates[..., 1, :] *= through_sigmoid
     return Gradients(grad_gates, grad + turned.source, grad_mixed + turned.vector)
 
 
-def _norm_backward(
-    normal: _Normal, grad: Tensor, gain: Tensor, grad_norms: tuple[Tensor, ...]
+def norm_backward(
+    normal: Normal, grad: Tensor, gain: Tensor, grad_norms: tuple[Tensor, ...]
 ) -> Tensor:
     """Gradient of what was normalised; adds to those of gain and shift."""
     of_gain, of_shift = grad_norms

@@ -375,7 +375,6 @@ def test_the_rows_of_one_step_are_those_of_the_cell(
             layer_norm_gate=cell.layer_norm_gate,
             zoneout=(cell.zoneout,),
         ),
-        size,
     )
     single = pre.detach().float(), (hidden.detach().float(),), tuple(m.float() for m in masks)
     new, grad_pre, grads = torch.empty(batch, size), torch.empty(batch, 3 * size), grad.float()
