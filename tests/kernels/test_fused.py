@@ -390,11 +390,11 @@ def test_auto_is_the_fastest_that_can_serve_and_says_so_once(
     lambda_: float, dtype: torch.dtype, backend: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     cell = random_cell(backend="auto", lambda_=lambda_, dtype=dtype)
-    with caplog.at_level("DEBUG", logger="rum.cells.rum"):
+    with caplog.at_level("DEBUG", logger="rum.cells.base"):
         for _ in range(2):
             cell.unroll(draw(STEPS, BATCH, INPUT_SIZE, dtype=dtype))
     assert [record.getMessage() for record in caplog.records] == [
-        f"RUM runs on backend {backend!r} (cpu)"
+        f"RUMCell runs on backend {backend!r} (cpu)"
     ]
 
 
