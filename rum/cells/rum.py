@@ -114,7 +114,8 @@ class RUMCell(AcceleratedCell):
             backend: "reference" (step by step; differentiable twice), "fused" (one autograd
                 function for a whole sequence; lambda = 0, or lambda = 1 without a gradient for
                 an initial memory), "cpu" (the same, compiled C in float32, if a compiler was there
-                when the package was installed) or "auto": the fastest that can serve the request,
+                when the package was installed), "triton" (the same on CUDA devices; with lambda =
+                1 up to N = 128) or "auto": the fastest that can serve the request,
                 with the same results up to rounding. Derivatives of derivatives and the transforms
                 of `torch.func` need "reference".
             recompute: Save memory: keep only hidden states for the backward pass, a quarter, and
@@ -311,6 +312,7 @@ class RUMCell(AcceleratedCell):
             size=self.hidden_size,
             dtype=torch.promote_types(weight.dtype, torch.float32),
             device=weight.device,
+            has_memory=self.lambda_ == 1,
             obstacle=obstacle,
         )
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from rum.errors import ConfigError
-from rum.kernels import cpu
+from rum.kernels import cpu, gpu
 
-BACKENDS = ("auto", "reference", "fused", "cpu")
-_FASTEST_FIRST = ("cpu", "fused", "reference")
+BACKENDS = ("auto", "reference", "fused", "cpu", "triton")
+_FASTEST_FIRST = ("triton", "cpu", "fused", "reference")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,8 @@ class Request:
     dtype: torch.dtype
     """Of states: float32 where weights are in half precision."""
     device: torch.device
+    has_memory: bool = False
+    """Whether there is an associative memory (lambda = 1)."""
     obstacle: str | None = None
     """Why none but the reference can serve; None if others can."""
 
@@ -31,7 +33,9 @@ def choose(asked: str, request: Request) -> str:
         ConfigError: If the one that is asked for cannot.
     """
     if asked == "auto":
-        return next(name for name in _FASTEST_FIRST if _unserved(name, request) is None)
+        # Triton's interpreter, for tests on the CPU, is only for who asks for it by name.
+        candidates = _FASTEST_FIRST if request.device.type == "cuda" else _FASTEST_FIRST[1:]
+        return next(name for name in candidates if _unserved(name, request) is None)
     reason = _unserved(asked, request)
     if reason is not None:
         serving = [name for name in ("fused", "reference") if _unserved(name, request) is None]
@@ -49,4 +53,6 @@ def _unserved(backend: str, request: Request) -> str | None:
         return f"computes in float32 or float64, got weights in {request.dtype}"
     if backend == "cpu":
         return cpu.unserved(request.size, request.dtype, request.device)
+    if backend == "triton":
+        return gpu.unserved(request.size, request.has_memory, request.dtype, request.device)
     return None

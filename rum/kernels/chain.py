@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rum.kernels import cpu, fused, gates, gates_cpu
+from rum.kernels.graphs import Graphs
 from rum.kernels.recurrence import RecurrenceOptions, Rows
 from rum.kernels.sequence import product_dtype_of, refuse_second_derivative
 
@@ -129,10 +130,19 @@ def _chain(
     with torch.autocast(input.device.type, enabled=False):
         chain = _Chain(cells, backend, product_dtype, states, weights, masks)
         pre, after = chain.empty(input)
-        chain.project(input, pre[0])
-        for t in range(len(input)):
-            chain.forward(t, pre, after)
+        flags = cells, backend, product_dtype, len(states), len(weights), len(masks)
+        read = (input, *states, *weights, *masks)
+        _GRAPHS.run(_steps_forward, flags, read, (), (*pre, *_flat(after)))
         return [after[-1][0], *chain.last_states(after), *_saved(pre, after)]
+
+
+def _steps_forward(flags: "_Flags", input: Tensor, *tensors: Tensor) -> None:
+    """All steps: from states, weights and masks to pre-activations and states of every cell."""
+    chain, buffers = _rebuilt(flags, tensors)
+    pre, after = chain.cut(buffers)
+    chain.project(input, pre[0])
+    for t in range(len(input)):
+        chain.forward(t, pre, after)
 
 
 @_chain.register_fake
@@ -170,14 +180,30 @@ def _chain_backward(
         pre, after = chain.buffers(results)
         grads = [grad.clone(memory_format=torch.contiguous_format) for grad in grad_states]
         grad_pre = [torch.empty_like(each) for each in pre]
-        grad_outputs = grad_outputs.contiguous()
-        for t in reversed(range(len(input))):
-            chain.backward(t, pre, after, grad_outputs[t], grads, grad_pre)
-        of_weights = chain.weight_gradients(input, after, grad_pre)
+        of_norms = [torch.empty_like(norm) for cell in chain.cells for norm in cell.norms]
+        flags = cells, backend, product_dtype, len(states), len(weights), len(masks)
+        read = (grad_outputs.contiguous(), *states, *weights, *masks, *pre, *_flat(after))
+        _GRAPHS.run(_steps_backward, flags, read, tuple(grads), (*grad_pre, *of_norms))
+        of_weights = chain.weight_gradients(input, after, grad_pre, of_norms)
         of_input = input.new_empty(0)
         if wants_input:
             of_input = chain.input_gradient(grad_pre[0])
         return [of_input, *grads, *of_weights]
+
+
+def _steps_backward(flags: "_Flags", grad_outputs: Tensor, *tensors: Tensor) -> None:
+    """All steps back: `grads` of states, then gradients of pre-activations and layer norms."""
+    chain, buffers = _rebuilt(flags, tensors)
+    num_cells, num_states = len(chain.cells), flags[3]
+    count = num_cells + sum(chain.sizes_of_states)
+    pre, after = chain.cut(buffers[:count])
+    grads = buffers[count : count + num_states]
+    grad_pre = buffers[count + num_states : count + num_states + num_cells]
+    for t in reversed(range(len(grad_outputs))):
+        chain.backward(t, pre, after, grad_outputs[t], grads, grad_pre)
+    of_norms = (norm for cell in chain.cells for norm in cell.rows.grad_norms)
+    for out, norm in zip(buffers[count + num_states + num_cells :], of_norms, strict=True):
+        out.copy_(norm)
 
 
 @_chain_backward.register_fake
@@ -226,6 +252,28 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 _chain.register_autograd(_gradients, setup_context=_save)
 _chain_backward.register_autograd(refuse_second_derivative)
+
+
+_Flags = tuple[str, str, torch.dtype | None, int, int, int]
+"""The operator's plain arguments, then how many states, weights and masks there are."""
+
+_GRAPHS = Graphs()
+
+
+def _rebuilt(flags: _Flags, tensors: Sequence[Tensor]) -> tuple["_Chain", list[Tensor]]:
+    """The chain of an operator's arguments, and the tensors after states, weights and masks."""
+    *plain, num_states, num_weights, num_masks = flags
+    cuts = num_states, num_states + num_weights, num_states + num_weights + num_masks
+    states, weights, masks = (
+        tensors[begin:end] for begin, end in zip((0, *cuts), cuts, strict=False)
+    )
+    cells, backend, product_dtype = plain
+    chain = _Chain(cells, backend, product_dtype, states, weights, masks)
+    return chain, list(tensors[cuts[-1] :])
+
+
+def _flat(after: list[list[Tensor]]) -> list[Tensor]:
+    return [buffer for buffers in after for buffer in buffers]
 
 
 class _Weight:
@@ -320,15 +368,14 @@ class _Cell:
     def weight_gradients(
         self, grad_pre: Tensor, input: Tensor | None, hidden: Tensor
     ) -> list[Tensor]:
-        """Of weight_ih, bias, weight_hh and norms, from all steps; input None: nothing."""
+        """Of weight_ih, bias and weight_hh, from all steps; input None: nothing."""
         of_input, of_state = torch.zeros_like(self.weight_ih), torch.zeros_like(self.weight_hh)
         if input is not None:
             self._add_weight_gradient(of_input, grad_pre[..., self._of_input.columns], input)
         parts = of_state.split([len(part.weight) for part in self._of_state])
         for part, weight in zip(parts, self._of_state, strict=True):
             self._add_weight_gradient(part, grad_pre[..., weight.columns], hidden)
-        of_norms = (norm.clone() for norm in self.rows.grad_norms)  # may be parts of one tensor
-        return [of_input, grad_pre.sum((0, 1)), of_state, *of_norms]
+        return [of_input, grad_pre.sum((0, 1)), of_state]
 
     def _add_weight_gradient(self, total: Tensor, grad: Tensor, values: Tensor) -> None:
         # contiguous: oneDNN would take a hundred times as long with columns of wider rows
@@ -366,6 +413,17 @@ class _Chain:
             for cell in self.cells
         ]
         return pre, after
+
+    @property
+    def sizes_of_states(self) -> list[int]:
+        """How many tensors each cell's state has."""
+        return [len(self._initial[cell.slot]) for cell in self.cells]
+
+    def cut(self, buffers: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """Those of `empty`, from one sequence."""
+        rest = iter(buffers)
+        pre = [next(rest) for _ in self.cells]
+        return pre, [[next(rest) for _ in range(size)] for size in self.sizes_of_states]
 
     def buffers(self, results: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
         """Those of `empty`, from what the forward operator returned."""
@@ -440,10 +498,15 @@ class _Chain:
                     passed.mul_(cell.dropout[t])
 
     def weight_gradients(
-        self, input: Tensor, after: list[list[Tensor]], grad_pre: list[Tensor]
+        self,
+        input: Tensor,
+        after: list[list[Tensor]],
+        grad_pre: list[Tensor],
+        of_norms: list[Tensor],
     ) -> list[Tensor]:
         """Of all cells' weights, from all steps at once."""
         result = []
+        norms = iter(of_norms)
         for index, cell in enumerate(self.cells):
             values: Tensor | None = input if cell.source == INPUT else None
             if cell.source == PREVIOUS:
@@ -453,6 +516,7 @@ class _Chain:
             result += cell.weight_gradients(
                 grad_pre[index], values, self._all_before(index, after)
             )
+            result += [next(norms) for _ in cell.norms]
         return result
 
     def _passed(self, index: int, t: int, after: list[list[Tensor]]) -> Tensor:
@@ -487,6 +551,15 @@ def _rows(
     backend: str, kind: str, norms: tuple[Tensor, ...], plain: dict[str, Any] | None
 ) -> Rows:
     """A cell's rows on a backend, its options from plain values."""
+    modules: Any = (gates, fused)
+    if backend == "cpu":
+        modules = (gates_cpu, cpu)
+    elif backend == "triton":
+        from rum.kernels import triton_gates, triton_rum  # Triton need not be installed
+
+        modules = (triton_gates, triton_rum)
+    rows: Rows
+    of_gates, of_rum = modules
     if kind == "rum":
         assert plain is not None
         eta = plain["eta"]
@@ -496,11 +569,10 @@ def _rows(
             layer_norm_gate=plain["layer_norm_gate"],
             zoneout=tuple(plain["zoneout"]),
         )
-        return cpu.RUMRows(norms, options) if backend == "cpu" else fused.RUMRows(norms, options)
-    if kind == "lstm":
+        rows = of_rum.RUMRows(norms, options)
+    elif kind == "lstm":
         assert plain is not None
-        of_lstm = gates.LSTMOptions(**plain)
-        if backend == "cpu":
-            return gates_cpu.LSTMRows(norms, of_lstm)
-        return gates.LSTMRows(norms, of_lstm)
-    return gates_cpu.GRURows() if backend == "cpu" else gates.GRURows()
+        rows = of_gates.LSTMRows(norms, gates.LSTMOptions(**plain))
+    else:
+        rows = of_gates.GRURows()
+    return rows

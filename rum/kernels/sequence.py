@@ -347,6 +347,10 @@ def _recurrence(
 ) -> Recurrence:
     if backend == "cpu":
         return cpu.CompiledRecurrence(weight, norms, options)
+    if backend == "triton":
+        from rum.kernels.triton_rum import TritonRecurrence  # Triton need not be installed
+
+        return TritonRecurrence(weight, norms, options)
     assert backend == "fused", backend
     return FusedRecurrence(weight, norms, options)
 
