@@ -1,0 +1,1375 @@
+"""The RUM recurrence in Triton, for CUDA devices: float32, products in half precision if asked.
+
+Three ways, by what there is to do:
+
+- lambda = 0: a product of torch and one kernel per step, a program per row. Replayed as a CUDA
+  graph, for the launches would take longer than the work.
+- lambda = 0 and few hidden units: the loop over time inside one kernel. A program takes some rows
+  of a replica; rows do not meet, so none waits for another.
+- lambda = 1: the same with one program per sample, which keeps the memory in its registers.
+
+`rum.kernels.step` and `rum.kernels.memory` have the mathematics and explain the names. Backward
+recomputes a step from its pre-activations. Sums are taken in a fixed order: no atomics.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rum.functional import SQUARED_NORM_FLOOR
+from rum.kernels.graphs import Graphs
+from rum.kernels.recurrence import RecurrenceOptions
+from rum.kernels.step import LAYER_NORM_EPS
+
+LARGEST_PERSISTENT_SIZE = 256
+_FLOOR = tl.constexpr(SQUARED_NORM_FLOOR)
+_LAYER_NORM_EPS = tl.constexpr(LAYER_NORM_EPS)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_STEP_NUMBERS = ("step", "steps", "batch")  # change from call to call: one binary for all values
+
+
+# Mathematics of rows, on tiles [ROWS, BLOCK_N] that are zero outside of `valid`.
+
+
+@triton.jit
+def dot(a, b):
+    """Row dot products, [ROWS, 1]."""
+    return tl.sum(a * b, 1, keep_dims=True)
+
+
+@triton.jit
+def sigmoid(x):
+    """Without overflow."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, small, 1.0) / (1.0 + small)
+
+
+@triton.jit
+def tanh(x):
+    """Without overflow."""
+    small = tl.exp(-2.0 * tl.abs(x))
+    value = (1.0 - small) / (1.0 + small)
+    return tl.where(x < 0, -value, value)
+
+
+@triton.jit
+def standardize(x, valid, size):
+    """Rows at mean zero and variance one, and their inverse standard deviation."""
+    centred = tl.where(valid, x - tl.sum(x, 1, keep_dims=True) / size, 0.0)
+    inverse_std = tl.rsqrt(dot(centred, centred) / size + _LAYER_NORM_EPS)
+    return centred * inverse_std, inverse_std
+
+
+@triton.jit
+def standardize_backward(grad, standard, inverse_std, valid, size):
+    """Gradient of the rows from that of their standard form."""
+    mean = tl.sum(grad, 1, keep_dims=True) / size
+    along = dot(grad, standard) / size
+    return tl.where(valid, (grad - mean - standard * along) * inverse_std, 0.0)
+
+
+@triton.jit
+def add_to(pointer, value, inside):
+    """Adds to memory that no other program writes."""
+    tl.store(pointer, tl.load(pointer, mask=inside, other=0.0) + value, mask=inside)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        value = tl.where(x <= 0, 0.0, x)  # NaN goes through
+    elif ACTIVATION == "tanh":
+        value = tanh(x)
+    elif ACTIVATION == "sigmoid":
+        value = sigmoid(x)
+    else:
+        value = x / (1.0 + tl.abs(x))
+    return value
+
+
+@triton.jit
+def _slope(value, ACTIVATION: tl.constexpr):
+    """Derivative of the activation from its value."""
+    if ACTIVATION == "relu":
+        slope = tl.where(value <= 0, 0.0, 1.0)
+    elif ACTIVATION == "tanh":
+        slope = 1.0 - value * value
+    elif ACTIVATION == "sigmoid":
+        slope = value * (1.0 - value)
+    else:
+        slope = (1.0 - tl.abs(value)) * (1.0 - tl.abs(value))
+    return slope
+
+
+@triton.jit
+def _load_norms(gate_gain, gate_shift, gain, shift, replica, columns, size):
+    """Gains of target, update gate and total, then their shifts; [1, BLOCK_N]."""
+    inside = columns < size
+    if gain is None:
+        nothing = tl.zeros_like(columns)
+        norms = (nothing, nothing, nothing, nothing, nothing, nothing)
+    else:
+        of_gates = replica * 2 * size + columns
+        of_total = replica * size + columns
+        norms = (
+            tl.load(gate_gain + of_gates, mask=inside, other=0.0),
+            tl.load(gate_gain + size + of_gates, mask=inside, other=0.0),
+            tl.load(gain + of_total, mask=inside, other=0.0),
+            tl.load(gate_shift + of_gates, mask=inside, other=0.0),
+            tl.load(gate_shift + size + of_gates, mask=inside, other=0.0),
+            tl.load(shift + of_total, mask=inside, other=0.0),
+        )
+    return norms
+
+
+@triton.jit
+def _gates(target, update, norms, valid, size, GATE_NORM: tl.constexpr):
+    """Target and update gate, and what their gradients need."""
+    of_target, of_update = (target, target), (update, update)
+    if GATE_NORM is not None:
+        of_target = standardize(target, valid, size)
+        target = of_target[0] * norms[0] + norms[3]
+    if GATE_NORM == "pre_sigmoid":
+        of_update = standardize(update, valid, size)
+        update = of_update[0] * norms[1] + norms[4]
+    gate = tl.where(valid, sigmoid(update), 0.0)
+    update = gate
+    if GATE_NORM == "post_sigmoid":
+        of_update = standardize(gate, valid, size)
+        update = of_update[0] * norms[1] + norms[4]
+    return target, update, gate, of_target, of_update
+
+
+@triton.jit
+def _gates_backward(
+    grad_target,
+    grad_update,
+    gate,
+    of_target,
+    of_update,
+    norms,
+    valid,
+    size,
+    GATE_NORM: tl.constexpr,
+):
+    """Gradients of both pre-activations, then those after gain and shift."""
+    slope = gate * (1.0 - gate)
+    if GATE_NORM != "post_sigmoid":
+        grad_update = grad_update * slope
+    scaled_target, scaled_update = grad_target, grad_update
+    if GATE_NORM is not None:
+        grad_target = standardize_backward(
+            grad_target * norms[0], of_target[0], of_target[1], valid, size
+        )
+        grad_update = standardize_backward(
+            grad_update * norms[1], of_update[0], of_update[1], valid, size
+        )
+    if GATE_NORM == "post_sigmoid":
+        grad_update = grad_update * slope
+    return grad_target, grad_update, scaled_target, scaled_update
+
+
+@triton.jit
+def _plane(source, target):
+    """The two reflections of a rotation; scales are 0 where one is left out."""
+    source_square, target_square = dot(source, source), dot(target, target)
+    source_is_zero, target_is_zero = source_square < _FLOOR, target_square < _FLOOR
+    is_identity = source_is_zero | target_is_zero
+    e_inverse_norm = tl.rsqrt(tl.where(source_is_zero, 1.0, source_square))
+    r_inverse_norm = tl.rsqrt(tl.where(target_is_zero, 1.0, target_square))
+    e, r = source * e_inverse_norm, target * r_inverse_norm
+    w = e + r
+    square = dot(w, w)
+    is_left_out = is_identity | (square < _FLOOR)
+    scale_w = tl.where(is_left_out, 0.0, 2.0 / tl.where(is_left_out, 1.0, square))
+    scale_r = tl.where(is_identity, 0.0, 2.0)
+    return e, r, w, scale_r, scale_w, e_inverse_norm, r_inverse_norm
+
+
+@triton.jit
+def _turn(plane, vector):
+    """The turned vector, and the scalars of its gradient."""
+    r, w, scale_r, scale_w = plane[1], plane[2], plane[3], plane[4]
+    k = scale_w * dot(w, vector)
+    reflected = vector - k * w
+    z = dot(r, reflected)
+    return reflected - scale_r * z * r, k, z
+
+
+@triton.jit
+def _turn_backward(plane, k, z, vector, grad):
+    """Gradients of source, target and vector."""
+    e, r, w, scale_r, scale_w = plane[0], plane[1], plane[2], plane[3], plane[4]
+    grad_dot_r = dot(r, grad)
+    grad_reflected = grad - scale_r * grad_dot_r * r
+    s = scale_w * dot(w, grad_reflected)
+    grad_w = s * k * w - s * vector - k * grad_reflected
+    grad_r = grad_w - scale_r * (z * grad + grad_dot_r * (vector - k * w))
+    grad_source = (grad_w - dot(grad_w, e) * e) * plane[5]
+    grad_target = (grad_r - dot(grad_r, r) * r) * plane[6]
+    return grad_source, grad_target, grad_reflected - s * w
+
+
+@triton.jit
+def _mix(
+    total, hidden, update, norms, valid, size, ACTIVATION: tl.constexpr, GATE_NORM: tl.constexpr
+):
+    """The mix of candidate and state, the candidate, and the standard form of the total."""
+    of_total = (total, total)
+    if GATE_NORM is not None:
+        of_total = standardize(total, valid, size)
+        total = of_total[0] * norms[2] + norms[5]
+    candidate = tl.where(valid, _activate(total, ACTIVATION), 0.0)
+    return candidate + update * (hidden - candidate), candidate, of_total
+
+
+@triton.jit
+def _mix_backward(
+    grad,
+    hidden,
+    update,
+    candidate,
+    of_total,
+    norms,
+    valid,
+    size,
+    ACTIVATION: tl.constexpr,
+    GATE_NORM: tl.constexpr,
+):
+    """Gradients of total, update gate and state, then that of the total after gain and shift."""
+    grad_update = grad * (hidden - candidate)
+    grad_hidden = grad * update
+    scaled = (grad - grad_hidden) * _slope(candidate, ACTIVATION)
+    grad_total = scaled
+    if GATE_NORM is not None:
+        grad_total = standardize_backward(scaled * norms[2], of_total[0], of_total[1], valid, size)
+    return grad_total, grad_update, grad_hidden, scaled
+
+
+@triton.jit
+def _new_state(mixed, hidden, keep, eta, HAS_ETA: tl.constexpr):
+    """Time normalisation and zoneout."""
+    if HAS_ETA:
+        square = dot(mixed, mixed)
+        mixed = mixed * (eta * tl.rsqrt(tl.where(square < _FLOOR, _FLOOR, square)))
+    return keep * hidden + (1.0 - keep) * mixed
+
+
+@triton.jit
+def _new_state_backward(grad, mixed, keep, eta, HAS_ETA: tl.constexpr):
+    """Gradients of the mix and of the state."""
+    grad_hidden = grad * keep
+    grad = grad - grad_hidden
+    if HAS_ETA:
+        square = dot(mixed, mixed)
+        is_floored = square < _FLOOR
+        square = tl.where(is_floored, _FLOOR, square)
+        along = tl.where(is_floored, 0.0, dot(mixed, grad) / square)
+        grad = eta * tl.rsqrt(square) * (grad - along * mixed)
+    return grad, grad_hidden
+
+
+@triton.jit
+def _step(
+    target,
+    update,
+    embedded,
+    hidden,
+    keep,
+    eta,
+    norms,
+    valid,
+    size,
+    ACTIVATION: tl.constexpr,
+    GATE_NORM: tl.constexpr,
+    HAS_ETA: tl.constexpr,
+):
+    """The state after a step with lambda = 0, from pre-activations of target and update gate."""
+    target, update, _, _, _ = _gates(target, update, norms, valid, size, GATE_NORM)
+    turned, _, _ = _turn(_plane(embedded, target), hidden)
+    mixed, _, _ = _mix(
+        embedded + turned, hidden, update, norms, valid, size, ACTIVATION, GATE_NORM
+    )
+    return _new_state(mixed, hidden, keep, eta, HAS_ETA)
+
+
+@triton.jit
+def _step_backward(
+    target,
+    update,
+    embedded,
+    hidden,
+    keep,
+    eta,
+    grad,
+    norms,
+    valid,
+    size,
+    ACTIVATION: tl.constexpr,
+    GATE_NORM: tl.constexpr,
+    HAS_ETA: tl.constexpr,
+):
+    """Gradients of a step with lambda = 0 from that of the state after it.
+
+    Returns:
+        Those of target, update gate, embedded input and state (without what passes through the
+        pre-activations); then those of gains and shifts, row by row, in the order of `norms`.
+    """
+    target, update, gate, of_target, of_update = _gates(
+        target, update, norms, valid, size, GATE_NORM
+    )
+    plane = _plane(embedded, target)
+    turned, k, z = _turn(plane, hidden)
+    mixed, candidate, of_total = _mix(
+        embedded + turned, hidden, update, norms, valid, size, ACTIVATION, GATE_NORM
+    )
+    grad, kept = _new_state_backward(grad, mixed, keep, eta, HAS_ETA)
+    grad_total, grad_update, grad_hidden, scaled = _mix_backward(
+        grad, hidden, update, candidate, of_total, norms, valid, size, ACTIVATION, GATE_NORM
+    )
+    grad_source, grad_target, grad_vector = _turn_backward(plane, k, z, hidden, grad_total)
+    grad_target, grad_update, scaled_target, scaled_update = _gates_backward(
+        grad_target, grad_update, gate, of_target, of_update, norms, valid, size, GATE_NORM
+    )
+    grad_norms = (
+        scaled_target * of_target[0],
+        scaled_update * of_update[0],
+        scaled * of_total[0],
+        scaled_target,
+        scaled_update,
+        scaled,
+    )
+    return (
+        grad_target,
+        grad_update,
+        grad_total + grad_source,
+        kept + grad_hidden + grad_vector,
+        grad_norms,
+    )
+
+
+# One step with lambda = 0, a program per row.
+
+
+@triton.jit(do_not_specialize=_STEP_NUMBERS)
+def _rows_forward(
+    pre,
+    hidden,
+    mask,
+    gate_gain,
+    gate_shift,
+    gain,
+    shift,
+    scalars,
+    outputs,
+    operand,
+    step,
+    batch,
+    size,
+    ACTIVATION: tl.constexpr,
+    GATE_NORM: tl.constexpr,
+    HAS_ETA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Step `step` of a sequence; `operand` gets the state in the dtype of the next product."""
+    rows = tl.num_programs(0)
+    in_step = tl.program_id(0).to(tl.int64)
+    row = step.to(tl.int64) * rows + in_step
+    replica = in_step // batch
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    valid = columns < size
+    norms = _load_norms(gate_gain, gate_shift, gain, shift, replica, columns, size)
+    eta = tl.load(scalars + 2 * replica)
+    keep = tl.load(scalars + 2 * replica + 1)
+    if mask is not None:
+        keep = tl.load(mask + row * size + columns, mask=valid, other=0.0)
+    if step > 0:
+        state = tl.load(outputs + (row - rows) * size + columns, mask=valid, other=0.0)
+    else:
+        state = tl.load(hidden + row * size + columns, mask=valid, other=0.0)
+    pre += row * 3 * size + columns
+    new = _step(
+        tl.load(pre, mask=valid, other=0.0),
+        tl.load(pre + size, mask=valid, other=0.0),
+        tl.load(pre + 2 * size, mask=valid, other=0.0),
+        state,
+        keep,
+        eta,
+        norms,
+        valid,
+        size,
+        ACTIVATION,
+        GATE_NORM,
+        HAS_ETA,
+    )
+    tl.store(outputs + row * size + columns, new, mask=valid)
+    if operand is not None:
+        tl.store(operand + in_step * size + columns, new.to(operand.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=_STEP_NUMBERS)
+def _rows_backward(
+    pre,
+    hidden,
+    mask,
+    gate_gain,
+    gate_shift,
+    gain,
+    shift,
+    scalars,
+    outputs,
+    grad_outputs,
+    grad_state,
+    grad_pre,
+    grad_norms,
+    operand,
+    step,
+    batch,
+    size,
+    ACTIVATION: tl.constexpr,
+    GATE_NORM: tl.constexpr,
+    HAS_ETA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Back by step `step`; adds each row's gradients of the layer norms to `[rows, 6N]`.
+
+    `operand` gets the gradients of target and update gate in the dtype of the next product.
+    """
+    rows = tl.num_programs(0)
+    in_step = tl.program_id(0).to(tl.int64)
+    row = step.to(tl.int64) * rows + in_step
+    replica = in_step // batch
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    valid = columns < size
+    norms = _load_norms(gate_gain, gate_shift, gain, shift, replica, columns, size)
+    eta = tl.load(scalars + 2 * replica)
+    keep = tl.load(scalars + 2 * replica + 1)
+    if mask is not None:
+        keep = tl.load(mask + row * size + columns, mask=valid, other=0.0)
+    if step > 0:
+        state = tl.load(outputs + (row - rows) * size + columns, mask=valid, other=0.0)
+    else:
+        state = tl.load(hidden + row * size + columns, mask=valid, other=0.0)
+    grad_state += in_step * size + columns
+    grad = tl.load(grad_state, mask=valid, other=0.0)
+    if grad_outputs is not None:
+        grad += tl.load(grad_outputs + row * size + columns, mask=valid, other=0.0)
+    pre += row * 3 * size + columns
+    grad_target, grad_update, grad_embedded, grad_hidden, of_norms = _step_backward(
+        tl.load(pre, mask=valid, other=0.0),
+        tl.load(pre + size, mask=valid, other=0.0),
+        tl.load(pre + 2 * size, mask=valid, other=0.0),
+        state,
+        keep,
+        eta,
+        grad,
+        norms,
+        valid,
+        size,
+        ACTIVATION,
+        GATE_NORM,
+        HAS_ETA,
+    )
+    grad_pre += row * 3 * size + columns
+    tl.store(grad_pre, grad_target, mask=valid)
+    tl.store(grad_pre + size, grad_update, mask=valid)
+    tl.store(grad_pre + 2 * size, grad_embedded, mask=valid)
+    tl.store(grad_state, grad_hidden, mask=valid)
+    if operand is not None:
+        operand += in_step * 2 * size + columns
+        tl.store(operand, grad_target.to(operand.dtype.element_ty), mask=valid)
+        tl.store(operand + size, grad_update.to(operand.dtype.element_ty), mask=valid)
+    if GATE_NORM is not None:
+        grad_norms += in_step * 6 * size + columns
+        for i in tl.static_range(6):
+            add_to(grad_norms + i * size, of_norms[i], valid)
+
+
+# All steps with lambda = 0, a program for ROWS rows of one replica.
+
+
+@triton.jit
+def _add_tile_product(total, left, right, PRECISION: tl.constexpr):
+    left = left.to(right.dtype)
+    if _INTERPRETED:  # which cannot multiply bfloat16
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=_STEP_NUMBERS)
+def _sequence_forward(
+    pre,
+    hidden,
+    mask,
+    weight,
+    gate_gain,
+    gate_shift,
+    gain,
+    shift,
+    scalars,
+    outputs,
+    steps,
+    batch,
+    size,
+    ACTIVATION: tl.constexpr,
+    GATE_NORM: tl.constexpr,
+    HAS_ETA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """`weight` is `(K, BLOCK_N, 2, BLOCK_N)`: transposed, see `_padded`."""
+    replica = tl.program_id(1).to(tl.int64)
+    stride = tl.num_programs(1).to(tl.int64) * batch * size  # of a step
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    in_chunk = tl.arange(0, CHUNK)[:, None]
+    in_size = columns < size
+    valid = (row < batch) & in_size
+    start = (replica * batch + row) * size  # of the row in a step
+    norms = _load_norms(gate_gain, gate_shift, gain, shift, replica, columns, size)
+    eta = tl.load(scalars + 2 * replica)
+    zoneout = tl.load(scalars + 2 * replica + 1)
+    weight += replica * 2 * BLOCK_N * BLOCK_N
+    state = tl.load(hidden + start + columns, mask=valid, other=0.0)
+    previous = hidden
+    for _ in range(steps):
+        of_step = pre + 3 * start + columns
+        target = tl.load(of_step, mask=valid, other=0.0)
+        update = tl.load(of_step + size, mask=valid, other=0.0)
+        for k in range(0, size, CHUNK):
+            # a tile in registers cannot be cut, so the state is read again, piece by piece
+            inner = k + tl.arange(0, CHUNK)[None, :]
+            left = tl.load(
+                previous + start + inner, mask=(row < batch) & (inner < size), other=0.0
+            )
+            of_weight = weight + k * 2 * BLOCK_N + in_chunk * 2 * BLOCK_N + columns
+            target = _add_tile_product(target, left, tl.load(of_weight), PRECISION)
+            update = _add_tile_product(update, left, tl.load(of_weight + BLOCK_N), PRECISION)
+        tl.store(of_step, target, mask=valid)
+        tl.store(of_step + size, update, mask=valid)
+        embedded = tl.load(of_step + 2 * size, mask=valid, other=0.0)
+        keep = zoneout
+        if mask is not None:
+            keep = tl.load(mask + start + columns, mask=valid, other=0.0)
+            mask += stride
+        state = _step(
+            target,
+            update,
+            embedded,
+            state,
+            keep,
+            eta,
+            norms,
+            valid,
+            size,
+            ACTIVATION,
+            GATE_NORM,
+            HAS_ETA,
+        )
+        tl.store(outputs + start + columns, state, mask=valid)
+        tl.debug_barrier()  # all of the state is there before the next step reads it
+        previous = outputs
+        outputs += stride
+        pre += 3 * stride
+
+
+@triton.jit(do_not_specialize=_STEP_NUMBERS)
+def _sequence_backward(
+    pre,
+    hidden,
+    mask,
+    weight,
+    gate_gain,
+    gate_shift,
+    gain,
+    shift,
+    scalars,
+    outputs,
+    grad_outputs,
+    grad_state,
+    grad_pre,
+    grad_norms,
+    steps,
+    batch,
+    size,
+    ACTIVATION: tl.constexpr,
+    GATE_NORM: tl.constexpr,
+    HAS_ETA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """`weight` is `(K, 2, BLOCK_N, BLOCK_N)`, `grad_norms` `(K, programs, 6N)`."""
+    block = tl.program_id(0)
+    replica = tl.program_id(1).to(tl.int64)
+    stride = tl.num_programs(1).to(tl.int64) * batch * size
+    row = block * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    in_chunk = tl.arange(0, CHUNK)[:, None]
+    in_size = columns < size
+    valid = (row < batch) & in_size
+    start = (replica * batch + row) * size
+    norms = _load_norms(gate_gain, gate_shift, gain, shift, replica, columns, size)
+    eta = tl.load(scalars + 2 * replica)
+    zoneout = tl.load(scalars + 2 * replica + 1)
+    weight += replica * 2 * BLOCK_N * BLOCK_N
+    grad_norms += (replica * tl.num_programs(0) + block) * 6 * size + columns
+    grad = tl.load(grad_state + start + columns, mask=valid, other=0.0)
+    last = (steps - 1) * stride
+    pre += 3 * last
+    outputs += last - stride  # those of the step before
+    grad_outputs += last
+    grad_pre += 3 * last
+    if mask is not None:
+        mask += last
+    for step in range(steps):
+        if step == steps - 1:
+            state = tl.load(hidden + start + columns, mask=valid, other=0.0)
+        else:
+            state = tl.load(outputs + start + columns, mask=valid, other=0.0)
+        keep = zoneout
+        if mask is not None:
+            keep = tl.load(mask + start + columns, mask=valid, other=0.0)
+            mask -= stride
+        of_step = pre + 3 * start + columns
+        grad_target, grad_update, grad_embedded, grad_hidden, of_norms = _step_backward(
+            tl.load(of_step, mask=valid, other=0.0),
+            tl.load(of_step + size, mask=valid, other=0.0),
+            tl.load(of_step + 2 * size, mask=valid, other=0.0),
+            state,
+            keep,
+            eta,
+            grad + tl.load(grad_outputs + start + columns, mask=valid, other=0.0),
+            norms,
+            valid,
+            size,
+            ACTIVATION,
+            GATE_NORM,
+            HAS_ETA,
+        )
+        to_step = grad_pre + 3 * start + columns
+        tl.store(to_step, grad_target, mask=valid)
+        tl.store(to_step + size, grad_update, mask=valid)
+        tl.store(to_step + 2 * size, grad_embedded, mask=valid)
+        if GATE_NORM is not None:
+            for i in tl.static_range(6):
+                add_to(grad_norms + i * size, tl.sum(of_norms[i], 0, keep_dims=True), in_size)
+        tl.debug_barrier()  # all of the gradient is there before the product reads it
+        grad = grad_hidden
+        for k in range(0, size, CHUNK):
+            inner = k + tl.arange(0, CHUNK)[None, :]
+            inside = (row < batch) & (inner < size)
+            of_gates = grad_pre + 3 * start + inner
+            of_weight = weight + k * BLOCK_N + in_chunk * BLOCK_N + columns
+            left = tl.load(of_gates, mask=inside, other=0.0)
+            grad = _add_tile_product(grad, left, tl.load(of_weight), PRECISION)
+            left = tl.load(of_gates + size, mask=inside, other=0.0)
+            of_weight += BLOCK_N * BLOCK_N
+            grad = _add_tile_product(grad, left, tl.load(of_weight), PRECISION)
+        pre -= 3 * stride
+        outputs -= stride
+        grad_outputs -= stride
+        grad_pre -= 3 * stride
+    tl.store(grad_state + start + columns, grad, mask=valid)
+
+
+# All steps with lambda = 1, a program for one sample. Rows are [1, BLOCK_N].
+
+
+@triton.jit
+def _times(matrix, row):
+    """The matrix on a vector."""
+    return tl.sum(matrix * row, 1)[None, :]
+
+
+@triton.jit
+def _column(row, BLOCK_N: tl.constexpr):
+    # not tl.trans: its layout would spread to the matrices, and those would be turned too
+    return tl.reshape(row, (BLOCK_N,))[:, None]
+
+
+@triton.jit(do_not_specialize=_STEP_NUMBERS)
+def _memory_forward(
+    pre,
+    hidden,
+    mask,
+    weight,
+    memory,
+    gate_gain,
+    gate_shift,
+    gain,
+    shift,
+    scalars,
+    outputs,
+    steps,
+    batch,
+    size,
+    ACTIVATION: tl.constexpr,
+    GATE_NORM: tl.constexpr,
+    HAS_ETA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`weight` is `(K, 2, BLOCK_N, BLOCK_N)`, `memory` `(K, B, BLOCK_N, BLOCK_N)`."""
+    row = tl.program_id(0).to(tl.int64)
+    stride = tl.num_programs(0).to(tl.int64) * size
+    replica = row // batch
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    valid = columns < size
+    of_matrix = tl.arange(0, BLOCK_N)[:, None] * BLOCK_N + columns
+    norms = _load_norms(gate_gain, gate_shift, gain, shift, replica, columns, size)
+    eta = tl.load(scalars + 2 * replica)
+    zoneout = tl.load(scalars + 2 * replica + 1)
+    weight += replica * 2 * BLOCK_N * BLOCK_N
+    memory += row * BLOCK_N * BLOCK_N
+    matrix = tl.load(memory + of_matrix)
+    pre += 3 * row * size
+    outputs += row * size
+    if mask is not None:
+        mask += row * size
+    state = tl.load(hidden + row * size + columns, mask=valid, other=0.0)
+    for _ in range(steps):
+        operand = state.to(weight.dtype.element_ty).to(tl.float32)
+        of_target = tl.load(weight + of_matrix).to(tl.float32)
+        target = tl.load(pre + columns, mask=valid, other=0.0) + _times(of_target, operand)
+        of_update = tl.load(weight + BLOCK_N * BLOCK_N + of_matrix).to(tl.float32)
+        update = tl.load(pre + size + columns, mask=valid, other=0.0) + _times(of_update, operand)
+        embedded = tl.load(pre + 2 * size + columns, mask=valid, other=0.0)
+        tl.store(pre + columns, target, mask=valid)
+        tl.store(pre + size + columns, update, mask=valid)
+        target, update, _, _, _ = _gates(target, update, norms, valid, size, GATE_NORM)
+        plane = _plane(embedded, target)
+        r, w, scale_r, scale_w = plane[1], plane[2], plane[3], plane[4]
+        rotated, _, _ = _turn(plane, state)
+        turned = _times(matrix, rotated)
+        first = scale_r * _times(matrix, r)
+        second = scale_w * (_times(matrix, w) - dot(r, w) * first)
+        matrix -= _column(first, BLOCK_N) * r
+        matrix -= _column(second, BLOCK_N) * w
+        mixed, _, _ = _mix(
+            embedded + turned, state, update, norms, valid, size, ACTIVATION, GATE_NORM
+        )
+        keep = zoneout
+        if mask is not None:
+            keep = tl.load(mask + columns, mask=valid, other=0.0)
+            mask += stride
+        state = _new_state(mixed, state, keep, eta, HAS_ETA)
+        tl.store(outputs + columns, state, mask=valid)
+        pre += 3 * stride
+        outputs += stride
+    tl.store(memory + of_matrix, matrix)
+
+
+@triton.jit(do_not_specialize=_STEP_NUMBERS)
+def _memory_backward(
+    pre,
+    hidden,
+    mask,
+    weight,
+    memory,
+    skew,
+    gate_gain,
+    gate_shift,
+    gain,
+    shift,
+    scalars,
+    outputs,
+    grad_outputs,
+    grad_state,
+    grad_pre,
+    grad_norms,
+    steps,
+    batch,
+    size,
+    ACTIVATION: tl.constexpr,
+    GATE_NORM: tl.constexpr,
+    HAS_ETA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """As `_memory_forward`; `skew` is as `memory`, `grad_norms` `(K, B, 6N)`."""
+    row = tl.program_id(0).to(tl.int64)
+    stride = tl.num_programs(0).to(tl.int64) * size
+    replica = row // batch
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    valid = columns < size
+    of_matrix = tl.arange(0, BLOCK_N)[:, None] * BLOCK_N + columns
+    norms = _load_norms(gate_gain, gate_shift, gain, shift, replica, columns, size)
+    eta = tl.load(scalars + 2 * replica)
+    zoneout = tl.load(scalars + 2 * replica + 1)
+    weight += replica * 2 * BLOCK_N * BLOCK_N
+    memory += row * BLOCK_N * BLOCK_N
+    skew += row * BLOCK_N * BLOCK_N
+    matrix = tl.load(memory + of_matrix)
+    carried = tl.load(skew + of_matrix)
+    hidden += row * size + columns
+    grad_state += row * size + columns
+    grad_norms += row * 6 * size + columns
+    grad = tl.load(grad_state, mask=valid, other=0.0)
+    last = (steps - 1) * stride
+    pre += 3 * (last + row * size)
+    grad_pre += 3 * (last + row * size)
+    outputs += last - stride + row * size
+    grad_outputs += last + row * size
+    if mask is not None:
+        mask += last + row * size
+    for step in range(steps):
+        if step == steps - 1:
+            state = tl.load(hidden, mask=valid, other=0.0)
+        else:
+            state = tl.load(outputs + columns, mask=valid, other=0.0)
+        keep = zoneout
+        if mask is not None:
+            keep = tl.load(mask + columns, mask=valid, other=0.0)
+            mask -= stride
+        target, update, gate, of_target, of_update = _gates(
+            tl.load(pre + columns, mask=valid, other=0.0),
+            tl.load(pre + size + columns, mask=valid, other=0.0),
+            norms,
+            valid,
+            size,
+            GATE_NORM,
+        )
+        embedded = tl.load(pre + 2 * size + columns, mask=valid, other=0.0)
+        plane = _plane(embedded, target)
+        e, r, w, scale_r, scale_w = plane[0], plane[1], plane[2], plane[3], plane[4]
+        rw = dot(r, w)
+        mixed, candidate, of_total = _mix(
+            embedded + _times(matrix, state),
+            state,
+            update,
+            norms,
+            valid,
+            size,
+            ACTIVATION,
+            GATE_NORM,
+        )
+        grad += tl.load(grad_outputs + columns, mask=valid, other=0.0)
+        grad, kept = _new_state_backward(grad, mixed, keep, eta, HAS_ETA)
+        grad_total, grad_update, grad_hidden, scaled = _mix_backward(
+            grad, state, update, candidate, of_total, norms, valid, size, ACTIVATION, GATE_NORM
+        )
+
+        # The memory goes back by the rotation, its gradient takes the turned state's with it.
+        z = tl.sum(matrix * _column(grad_total, BLOCK_N), 0, keep_dims=True)
+        first = scale_w * _times(matrix, w)
+        second = scale_r * (_times(matrix, r) - rw * first)
+        matrix -= _column(first, BLOCK_N) * w
+        matrix -= _column(second, BLOCK_N) * r
+        skew_w = _times(carried, w) + z * dot(state, w) - state * dot(z, w)
+        skew_r = _times(carried, r) + z * dot(state, r) - state * dot(z, r)
+        skew_e = skew_w - skew_r
+        grad_w = -scale_w * skew_w
+        grad_r = grad_w + scale_r * (skew_e - scale_w * dot(w, skew_e) * w)
+        turned_r = skew_r + scale_w * dot(skew_w, r) * w + grad_w * rw
+        carried += _column(z, BLOCK_N) * state
+        carried -= _column(state, BLOCK_N) * z
+        carried += _column(scale_w * w, BLOCK_N) * skew_w
+        carried += _column(grad_w, BLOCK_N) * w
+        carried += _column(scale_r * r, BLOCK_N) * turned_r
+        carried -= _column(scale_r * turned_r, BLOCK_N) * r
+
+        grad_target, grad_update, scaled_target, scaled_update = _gates_backward(
+            (grad_r - dot(grad_r, r) * r) * plane[6],
+            grad_update,
+            gate,
+            of_target,
+            of_update,
+            norms,
+            valid,
+            size,
+            GATE_NORM,
+        )
+        tl.store(grad_pre + columns, grad_target, mask=valid)
+        tl.store(grad_pre + size + columns, grad_update, mask=valid)
+        grad_embedded = grad_total + (grad_w - dot(grad_w, e) * e) * plane[5]
+        tl.store(grad_pre + 2 * size + columns, grad_embedded, mask=valid)
+        if GATE_NORM is not None:
+            add_to(grad_norms, scaled_target * of_target[0], valid)
+            add_to(grad_norms + size, scaled_update * of_update[0], valid)
+            add_to(grad_norms + 2 * size, scaled * of_total[0], valid)
+            add_to(grad_norms + 3 * size, scaled_target, valid)
+            add_to(grad_norms + 4 * size, scaled_update, valid)
+            add_to(grad_norms + 5 * size, scaled, valid)
+        tl.debug_barrier()  # all of the gradient is there before the product reads it
+        products = tl.zeros((CHUNK, BLOCK_N), tl.float32)  # whole weights would not fit beside
+        for gate_index in tl.static_range(2):
+            for k in range(0, size, CHUNK):
+                inner = k + tl.arange(0, CHUNK)[:, None]
+                of_gate = tl.load(
+                    grad_pre + gate_index * size + inner, mask=inner < size, other=0.0
+                ).to(weight.dtype.element_ty)
+                of_weight = tl.load(weight + (gate_index * BLOCK_N + inner) * BLOCK_N + columns)
+                products += of_gate.to(tl.float32) * of_weight.to(tl.float32)
+        grad = kept + grad_hidden + z + tl.sum(products, 0, keep_dims=True)
+        pre -= 3 * stride
+        grad_pre -= 3 * stride
+        outputs -= stride
+        grad_outputs -= stride
+    tl.store(memory + of_matrix, matrix)
+    tl.store(skew + of_matrix, carried)
+    tl.store(grad_state, grad, mask=valid)
+
+
+# The classes that call the kernels.
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """All that the steps of a recurrence depend on, tensors apart."""
+
+    activation: str
+    gate_norm: str | None
+    has_eta: bool
+    precision: str
+
+    def constants(self, block: int) -> dict[str, Any]:
+        """Arguments of a kernel known at compile time, for rows of up to `block` numbers."""
+        return {
+            "ACTIVATION": self.activation,
+            "GATE_NORM": self.gate_norm,
+            "HAS_ETA": self.has_eta,
+            "BLOCK_N": block,
+        }
+
+
+_GRAPHS = Graphs()
+
+
+class TritonRecurrence:
+    """A `rum.kernels.recurrence.Recurrence`, see there; what it serves, `rum.kernels.gpu` says."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        norms: tuple[Tensor, ...],
+        options: RecurrenceOptions,
+        *,
+        persistent: bool | None = None,
+    ) -> None:
+        """As `Recurrence`.
+
+        Args:
+            weight: See `Recurrence`.
+            norms: See `Recurrence`.
+            options: See `Recurrence`.
+            persistent: Whether the loop over time runs inside a kernel with lambda = 0; None: as
+                the size suggests.
+        """
+        size = weight.shape[2]
+        self._persistent = size <= LARGEST_PERSISTENT_SIZE if persistent is None else persistent
+        self._block = block_of(size)
+        self._weight = weight.to(options.product_dtype or weight.dtype)
+        self._norms = norms or (None,) * 4
+        self._flags = _flags(options)
+        self._options = options
+
+    def piece(self, rows: int) -> int | None:
+        """All steps at once."""
+        return None
+
+    def forward(
+        self,
+        pre: Tensor,
+        hidden: Tensor,
+        mask: Tensor | None,
+        memory: Tensor | None,
+        outputs: Tensor,
+    ) -> None:
+        """See `Recurrence`."""
+        if outputs.numel() == 0:
+            return
+        with torch.cuda.device_of(outputs):
+            scalars = _scalars(self._options.eta, self._options.zoneout, outputs.device)
+            if memory is not None:
+                self._forward_with_memory(pre, hidden, mask, memory, scalars, outputs)
+            elif self._persistent:
+                self._forward_in_one(pre, hidden, mask, scalars, outputs)
+            else:
+                read = (hidden, mask, self._weight, *self._norms, scalars)
+                _GRAPHS.run(_steps_forward, self._flags, read, (pre,), (outputs,))
+
+    def backward(
+        self,
+        pre: Tensor,
+        hidden: Tensor,
+        mask: Tensor | None,
+        memory: Tensor | None,
+        skew: Tensor | None,
+        outputs: Tensor,
+        grad_outputs: Tensor,
+        grad_state: Tensor,
+        grad_pre: Tensor,
+        grad_norms: tuple[Tensor, ...],
+    ) -> None:
+        """See `Recurrence`."""
+        if outputs.numel() == 0:
+            return
+        _, replicas, batch, size = outputs.shape
+        rows = _rows_of_program(self._weight, self._flags)
+        programs = batch
+        if memory is None and self._persistent:
+            programs = triton.cdiv(batch, rows)
+        # of each program its own, so that the order of the sum does not depend on their timing
+        of_norms = hidden.new_zeros(replicas, programs, 6 * size if grad_norms else 0)
+        with torch.cuda.device_of(outputs):
+            scalars = _scalars(self._options.eta, self._options.zoneout, outputs.device)
+            read = (pre, hidden, mask)
+            constant = (*self._norms, scalars, outputs, grad_outputs)
+            if memory is not None and skew is not None:
+                weight = _padded(self._weight, self._block)
+                matrix, carried = _square(memory, self._block), _square(skew, self._block)
+                _memory_backward[(replicas * batch,)](
+                    *read,
+                    weight,
+                    matrix,
+                    carried,
+                    *constant,
+                    grad_state,
+                    grad_pre,
+                    of_norms,
+                    len(outputs),
+                    batch,
+                    size,
+                    **self._flags.constants(self._block),
+                    CHUNK=min(32, self._block),
+                    num_warps=_warps_with_memory(self._block),
+                )
+                _take_square(memory, matrix)
+                _take_square(skew, carried)
+            elif self._persistent:
+                _sequence_backward[(programs, replicas)](
+                    *read,
+                    _padded(self._weight, self._block),
+                    *constant,
+                    grad_state,
+                    grad_pre,
+                    of_norms,
+                    len(outputs),
+                    batch,
+                    size,
+                    **self._flags.constants(self._block),
+                    PRECISION=self._flags.precision,
+                    ROWS=rows,
+                    CHUNK=min(32, self._block),
+                    num_warps=min(8, self._block // 16),
+                    num_stages=2,
+                )
+            else:
+                _GRAPHS.run(
+                    _steps_backward,
+                    self._flags,
+                    (*read, self._weight, *constant),
+                    (grad_state, of_norms),
+                    (grad_pre,),
+                )
+            if grad_norms:
+                for total, part in zip(grad_norms, _split_norms(of_norms.sum(1)), strict=True):
+                    total += part
+
+    def _forward_with_memory(
+        self,
+        pre: Tensor,
+        hidden: Tensor,
+        mask: Tensor | None,
+        memory: Tensor,
+        scalars: Tensor,
+        outputs: Tensor,
+    ) -> None:
+        steps, replicas, batch, size = outputs.shape
+        matrix = _square(memory, self._block)
+        _memory_forward[(replicas * batch,)](
+            pre,
+            hidden,
+            mask,
+            _padded(self._weight, self._block),
+            matrix,
+            *self._norms,
+            scalars,
+            outputs,
+            steps,
+            batch,
+            size,
+            **self._flags.constants(self._block),
+            num_warps=_warps_with_memory(self._block),
+        )
+        _take_square(memory, matrix)
+
+    def _forward_in_one(
+        self, pre: Tensor, hidden: Tensor, mask: Tensor | None, scalars: Tensor, outputs: Tensor
+    ) -> None:
+        steps, replicas, batch, size = outputs.shape
+        rows = _rows_of_program(self._weight, self._flags)
+        _sequence_forward[(triton.cdiv(batch, rows), replicas)](
+            pre,
+            hidden,
+            mask,
+            _padded(self._weight, self._block).permute(0, 3, 1, 2).contiguous(),
+            *self._norms,
+            scalars,
+            outputs,
+            steps,
+            batch,
+            size,
+            **self._flags.constants(self._block),
+            PRECISION=self._flags.precision,
+            ROWS=rows,
+            CHUNK=min(32, self._block),
+            num_warps=min(8, self._block // 16),
+            num_stages=2,
+        )
+
+
+class RUMRows:
+    """A `rum.kernels.recurrence.Rows`, see there: one step of a RUM with lambda = 0, K = 1."""
+
+    def __init__(self, norms: tuple[Tensor, ...], options: RecurrenceOptions) -> None:
+        """As `Rows`."""
+        self._norms = norms
+        self._options = options
+        self._flags = _flags(options)
+        self._of_norms: Tensor | None = None  # by row, summed when asked for
+
+    @property
+    def grad_norms(self) -> tuple[Tensor, ...]:
+        """As the norms."""
+        if self._of_norms is None:
+            return tuple(torch.zeros_like(norm) for norm in self._norms)
+        sums = _split_norms(self._of_norms.sum(0, keepdim=True))
+        return tuple(part.view_as(norm) for part, norm in zip(sums, self._norms, strict=True))
+
+    def forward(
+        self,
+        pre: Tensor,
+        states: tuple[Tensor, ...],
+        masks: tuple[Tensor, ...],
+        new_states: tuple[Tensor, ...],
+    ) -> None:
+        """See `Rows`."""
+        rows, size = new_states[0].shape
+        block = block_of(size)
+        if rows == 0:
+            return
+        with torch.cuda.device_of(pre):
+            _rows_forward[(rows,)](
+                pre,
+                states[0],
+                masks[0] if masks else None,
+                *(self._norms or (None,) * 4),
+                _scalars(self._options.eta, self._options.zoneout, pre.device),
+                new_states[0],
+                None,
+                0,
+                rows,
+                size,
+                **self._flags.constants(block),
+                num_warps=warps_of(block),
+            )
+
+    def backward(
+        self,
+        pre: Tensor,
+        states: tuple[Tensor, ...],
+        masks: tuple[Tensor, ...],
+        new_states: tuple[Tensor, ...],
+        grads: tuple[Tensor, ...],
+        grad_pre: Tensor,
+    ) -> None:
+        """See `Rows`."""
+        rows, size = new_states[0].shape
+        block = block_of(size)
+        if rows == 0:
+            return
+        if self._norms and self._of_norms is None:
+            self._of_norms = pre.new_zeros(rows, 6 * size)
+        with torch.cuda.device_of(pre):
+            _rows_backward[(rows,)](
+                pre,
+                states[0],
+                masks[0] if masks else None,
+                *(self._norms or (None,) * 4),
+                _scalars(self._options.eta, self._options.zoneout, pre.device),
+                new_states[0],
+                None,
+                grads[0],
+                grad_pre,
+                self._of_norms,
+                None,
+                0,
+                rows,
+                size,
+                **self._flags.constants(block),
+                num_warps=warps_of(block),
+            )
+
+
+def block_of(size: int) -> int:
+    """Numbers in a row of a tile; at least 16, for products of tiles."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def warps_of(block: int) -> int:
+    """Warps for a program with one row."""
+    return min(16, max(1, block // 256))
+
+
+def _steps_forward(
+    flags: _Flags,
+    hidden: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    gate_gain: Tensor | None,
+    gate_shift: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    scalars: Tensor,
+    pre: Tensor,
+    outputs: Tensor,
+) -> None:
+    """All steps with lambda = 0, two kernels each."""
+    steps, replicas, batch, size = outputs.shape
+    block = block_of(size)
+    is_cast = weight.dtype != hidden.dtype
+    operand = hidden.to(weight.dtype)
+    for step in range(steps):
+        _add_product(pre[step, ..., : 2 * size], operand, weight.mT)
+        _rows_forward[(replicas * batch,)](
+            pre,
+            hidden,
+            mask,
+            gate_gain,
+            gate_shift,
+            gain,
+            shift,
+            scalars,
+            outputs,
+            operand if is_cast else None,
+            step,
+            batch,
+            size,
+            **flags.constants(block),
+            num_warps=warps_of(block),
+        )
+        if not is_cast:
+            operand = outputs[step]
+
+
+def _steps_backward(
+    flags: _Flags,
+    pre: Tensor,
+    hidden: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    gate_gain: Tensor | None,
+    gate_shift: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    scalars: Tensor,
+    outputs: Tensor,
+    grad_outputs: Tensor,
+    grad_state: Tensor,
+    grad_norms: Tensor,
+    grad_pre: Tensor,
+) -> None:
+    """All steps back with lambda = 0, two kernels each."""
+    steps, replicas, batch, size = outputs.shape
+    block = block_of(size)
+    operand = None
+    if weight.dtype != hidden.dtype:
+        operand = hidden.new_empty(replicas, batch, 2 * size, dtype=weight.dtype)
+    for step in reversed(range(steps)):
+        _rows_backward[(replicas * batch,)](
+            pre,
+            hidden,
+            mask,
+            gate_gain,
+            gate_shift,
+            gain,
+            shift,
+            scalars,
+            outputs,
+            grad_outputs,
+            grad_state,
+            grad_pre,
+            grad_norms,
+            operand,
+            step,
+            batch,
+            size,
+            **flags.constants(block),
+            num_warps=warps_of(block),
+        )
+        of_gates = grad_pre[step, ..., : 2 * size] if operand is None else operand
+        _add_product(grad_state, of_gates, weight)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left right to `total`, in float32 also where the operands are not; all (K, ., .)."""
+    if left.dtype != total.dtype and total.is_cuda:
+        torch.baddbmm(total, left, right, out_dtype=total.dtype, out=total)
+    elif len(total) == 1:
+        total[0].addmm_(left[0].to(total.dtype), right[0].to(total.dtype))
+    else:
+        total.baddbmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+def _flags(options: RecurrenceOptions) -> _Flags:
+    is_exact = options.product_dtype or not torch.backends.cuda.matmul.allow_tf32
+    return _Flags(
+        options.activation,
+        options.layer_norm_gate,
+        options.eta is not None,
+        "ieee" if is_exact else "tf32",
+    )
+
+
+@lru_cache(maxsize=64)  # a copy to the device would break into a capture, and cost a wait
+def _scalars(
+    eta: tuple[float, ...] | None, zoneout: tuple[float, ...], device: torch.device
+) -> Tensor:
+    """Eta and zoneout of every replica, (K, 2)."""
+    pairs = list(zip(eta or (0.0,) * len(zoneout), zoneout, strict=True))
+    return torch.tensor(pairs, dtype=torch.float32, device=device)
+
+
+def _rows_of_program(weight: Tensor, flags: _Flags) -> int:
+    """Rows of a program: 16 fill a tensor core; without one, few rows make many programs."""
+    return 4 if weight.dtype == torch.float32 and flags.precision == "ieee" else 16
+
+
+def _warps_with_memory(block: int) -> int:
+    return min(8, max(1, block * block // 512))
+
+
+def _padded(weight: Tensor, block: int) -> Tensor:
+    """The weight `(K, 2N, N)` as `(K, 2, block, block)`: no masks, offsets known in advance."""
+    replicas, _, size = weight.shape
+    return _square(weight.view(replicas, 2, size, size), block)
+
+
+def _square(matrix: Tensor, block: int) -> Tensor:
+    """Fills up to (..., block, block) with zeros."""
+    missing = block - matrix.shape[-1]
+    return F.pad(matrix, (0, missing, 0, missing)) if missing else matrix
+
+
+def _take_square(matrix: Tensor, padded: Tensor) -> None:
+    """Back from `_square`."""
+    if padded is not matrix:
+        matrix.copy_(padded[..., : matrix.shape[-1], : matrix.shape[-1]])
+
+
+def _split_norms(sums: Tensor) -> tuple[Tensor, ...]:
+    """From (K, 6N) in the kernels' order to the norms'."""
+    gate_gain, gain, gate_shift, shift = sums.split(
+        [sums.shape[1] * part // 6 for part in (2, 1, 2, 1)], 1
+    )
+    return gate_gain, gate_shift, gain, shift
