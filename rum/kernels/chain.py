@@ -262,12 +262,11 @@ _GRAPHS = Graphs()
 
 def _rebuilt(flags: _Flags, tensors: Sequence[Tensor]) -> tuple["_Chain", list[Tensor]]:
     """The chain of an operator's arguments, and the tensors after states, weights and masks."""
-    *plain, num_states, num_weights, num_masks = flags
+    cells, backend, product_dtype, num_states, num_weights, num_masks = flags
     cuts = num_states, num_states + num_weights, num_states + num_weights + num_masks
     states, weights, masks = (
         tensors[begin:end] for begin, end in zip((0, *cuts), cuts, strict=False)
     )
-    cells, backend, product_dtype = plain
     chain = _Chain(cells, backend, product_dtype, states, weights, masks)
     return chain, list(tensors[cuts[-1] :])
 

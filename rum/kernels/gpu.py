@@ -18,10 +18,10 @@ def unserved(size: int, has_memory: bool, dtype: torch.dtype, device: torch.devi
         dtype: Of the weights.
         device: Of the weights.
     """
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton"
     if device.type != "cuda" and not _is_interpreted():
         return f"runs on a CUDA device, or anywhere with TRITON_INTERPRET=1, got {device}"
+    if not _is_installed():
+        return "needs the package triton"
     if dtype != torch.float32:
         return f"computes in float32 with products in half precision, got {dtype}"
     if size > LARGEST_SIZE:
@@ -31,5 +31,11 @@ def unserved(size: int, has_memory: bool, dtype: torch.dtype, device: torch.devi
     return None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it calls the system
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it calls the system
 def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")

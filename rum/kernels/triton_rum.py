@@ -1136,6 +1136,7 @@ class RUMRows:
         self._norms = norms
         self._options = options
         self._flags = _flags(options)
+        self._scalars: Tensor | None = None
         self._of_norms: Tensor | None = None  # by row, summed when asked for
 
     @property
@@ -1164,7 +1165,7 @@ class RUMRows:
                 states[0],
                 masks[0] if masks else None,
                 *(self._norms or (None,) * 4),
-                _scalars(self._options.eta, self._options.zoneout, pre.device),
+                self._scalars_on(pre.device),
                 new_states[0],
                 None,
                 0,
@@ -1196,7 +1197,7 @@ class RUMRows:
                 states[0],
                 masks[0] if masks else None,
                 *(self._norms or (None,) * 4),
-                _scalars(self._options.eta, self._options.zoneout, pre.device),
+                self._scalars_on(pre.device),
                 new_states[0],
                 None,
                 grads[0],
@@ -1210,10 +1211,19 @@ class RUMRows:
                 num_warps=warps_of(block),
             )
 
+    def _scalars_on(self, device: torch.device) -> Tensor:
+        """As `_scalars`, filled on the device: a graph cannot hold a copy from the host."""
+        if self._scalars is None:
+            eta, zoneout = self._options.eta, self._options.zoneout
+            self._scalars = torch.full((1, 2), 0.0 if eta is None else eta[0], device=device)
+            self._scalars[:, 1] = zoneout[0]
+        return self._scalars
+
 
 def block_of(size: int) -> int:
     """Numbers in a row of a tile; at least 16, for products of tiles."""
-    return max(16, triton.next_power_of_2(size))
+    block: int = max(16, triton.next_power_of_2(size))
+    return block
 
 
 def warps_of(block: int) -> int:

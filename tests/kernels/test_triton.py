@@ -4,6 +4,7 @@ Without a CUDA device they run in Triton's interpreter; `test_triton_compiles.py
 compiler makes of them, and the tests marked `gpu` at real sizes on a device.
 """
 
+import copy
 import itertools
 import math
 import os
@@ -18,7 +19,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 pytest.importorskip("triton", reason="needs the package triton")
 
-from rum.cells import GRUCell, LSTMCell, RUMCell
+from rum.cells import (
+    FastSlowCell,
+    GRUCell,
+    LSTMCell,
+    LSTMCellConfig,
+    RUMCell,
+    RUMCellConfig,
+)
 from rum.cells.base import Cell
 from rum.kernels.gpu import unserved
 from rum.kernels.memory import initial_skew
@@ -537,3 +545,38 @@ def test_runs_are_bitwise_equal_on_a_device(way: str) -> None:
     first, *others = (ours(cells, pre, hidden, None, memory, grads, persistent) for _ in range(4))
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+CHAINS: dict[str, Any] = {
+    "rum": lambda: RUMCell(3, 7, layer_norm=True, eta=1.0, zoneout=0.2, activation="tanh"),
+    "rum, memory": lambda: RUMCell(3, 7, lambda_=1, zoneout=0.2, activation="tanh"),
+    "lstm": lambda: LSTMCell(3, 7, layer_norm=True, zoneout_h=0.2, zoneout_c=0.4),
+    "gru": lambda: GRUCell(3, 7, reset_after=True),
+    "fs-rum": lambda: FastSlowCell(
+        3,
+        LSTMCellConfig(hidden_size=5, layer_norm=True, zoneout_h=0.2, zoneout_c=0.4),
+        RUMCellConfig(hidden_size=6, layer_norm=True, eta=1.0, zoneout=0.1, activation="tanh"),
+        num_fast_cells=3,
+        dropout=0.3,
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["masks", "expectation"])
+@pytest.mark.parametrize("make", CHAINS.values(), ids=CHAINS)
+def test_cells_on_the_backend_are_those_of_the_reference(make: Any, training: bool) -> None:
+    torch.manual_seed(0)
+    cell = make().train(training).to(DEVICE)
+    cell.backend = "triton"
+    exact = copy.deepcopy(cell).double()
+    exact.backend = "reference"
+    found = []
+    for each, dtype in ((cell, torch.float32), (exact, torch.float64)):
+        input = draw(4, 3, 3, seed=5).to(DEVICE, dtype).requires_grad_()
+        torch.manual_seed(7)
+        outputs, state = each.unroll(input)
+        loss = outputs.square().sum() + sum(tensor.sum() for tensor in state)
+        found.append((outputs, *torch.autograd.grad(loss, (input, *each.parameters()))))
+    for index, (ours, theirs) in enumerate(zip(*found, strict=True)):
+        allowed = (1e-4 if index else 1e-5) * theirs.norm().clamp(min=1.0)
+        assert (ours - theirs).norm() <= allowed, index
