@@ -30,7 +30,7 @@ from peers import (
 from torch import nn
 
 import rum
-from rum.cells import RUMCell
+from rum.cells import LSTMCellConfig, RUMCell, RUMCellConfig
 from rum.kernels.cpu import library
 
 RESULTS = Path(__file__).parents[1] / "results" / "layers_cpu.json"
@@ -39,6 +39,11 @@ ROUNDS = 7
 SIZES = ((256, 128, 150), (1024, 128, 50), (100, 32, 150), (50, 128, 50), (250, 1, 150))
 COMPILED = (50, 128, 50)  # torch.compile unrolls time: minutes for the longer ones
 MEMORY_SIZES = ((50, 128, 50), (100, 32, 100))
+CHAIN_SIZES = (
+    ("layer-norm LSTM", 250, 64, 100),
+    ("FS-RUM-2", 100, 64, 100),
+    ("FS-RUM-2", 350, 64, 50),
+)
 REPLICA_SIZES = ((20, 8, 50), (50, 32, 50), (100, 32, 150))
 BACKENDS = ["reference", "fused", *(["cpu"] if library() else [])]
 
@@ -97,6 +102,26 @@ def replicas(count: int, size: int, batch: int, steps: int) -> dict[str, float]:
     return measure(peers, ROUNDS)
 
 
+def chains(kind: str, size: int, batch: int, steps: int) -> dict[str, float]:
+    """A layer-normalised LSTM of N = `size`, or an FS-RUM-2 with such LSTMs and a RUM of 3/2 N."""
+    torch.manual_seed(0)
+    input = torch.randn(steps, batch, INPUT_SIZE)
+    lstm = LSTMCellConfig(hidden_size=size, layer_norm=True, zoneout_h=0.1, zoneout_c=0.5)
+    slow = RUMCellConfig(hidden_size=3 * size // 2, layer_norm=True, eta=1.0, zoneout=0.1)
+    layers: dict[str, nn.Module] = {}
+    for name in BACKENDS:
+        if kind == "FS-RUM-2":
+            layers[name] = rum.FastSlowRNN(
+                INPUT_SIZE, fast=lstm, slow=slow, dropout=0.35, backend=name
+            )
+        else:
+            options = {"layer_norm": True, "zoneout_h": 0.1, "zoneout_c": 0.5}
+            layers[name] = rum.LSTM(INPUT_SIZE, size, backend=name, **options)
+    if kind != "FS-RUM-2":
+        layers["nn.LSTM"] = nn.LSTM(INPUT_SIZE, size)
+    return measure({name: training(layer, input) for name, layer in layers.items()}, ROUNDS)
+
+
 def peak_gigabytes(backend: str) -> dict[str, float]:
     """What a training pass over copying with T = 1000 adds to the peak memory of a process."""
     script = f"""
@@ -150,6 +175,11 @@ def main() -> None:
             f"{fastest / row['fused']:.2f}, reference {fastest / row['reference']:.2f}; "
             f"error {row['error']:.0e}"
         )
+    for kind, size, batch, steps in CHAIN_SIZES:
+        row = table[f"{kind}, N {size}, B {batch}, T {steps}"] = chains(kind, size, batch, steps)
+        fastest = row.get("cpu", row["fused"])
+        others = {name: f"{fastest / row[name]:.2f}" for name in row if row[name] != fastest}
+        print(f"{kind}, N {size:>3} B {batch:>3} T {steps:>3}: {fastest:8.1f} ms; ratios {others}")
     for size, batch, steps in REPLICA_SIZES:
         name = f"16 replicas, N {size}, B {batch}, T {steps}"
         row = table[name] = replicas(16, size, batch, steps)
