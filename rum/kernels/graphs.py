@@ -8,7 +8,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ Tensors = tuple[Tensor | None, ...]
 
 
 @dataclass
-class _Captured:
+class Captured:
     """A graph, and the buffers that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
@@ -36,7 +35,7 @@ class Graphs:
     def __init__(self, capacity: int = 4) -> None:
         """Keeps at most `capacity` graphs, each with buffers of the size of its tensors."""
         self._capacity = capacity
-        self._seen: OrderedDict[Hashable, _Captured | None] = OrderedDict()
+        self._seen: OrderedDict[Hashable, Captured | None] = OrderedDict()
         self._lock = threading.Lock()  # backward runs in threads of autograd
 
     def run(
@@ -58,29 +57,22 @@ class Graphs:
             filled: Contiguous, written without being read.
         """
         tensors = (*read, *changed, *filled)
-        if not _can_capture(tensors):
-            function(flags, *tensors)
-            return
-        key = key_of(function, flags, tensors)
-        with self._lock:
-            is_known, captured = self.look_up(key)
-            if is_known and captured is None:
-                captured = self._seen[key] = _capture(function, flags, read, changed, filled)
-        if captured is None:
-            function(flags, *tensors)
-            return
-        _copy((*captured.read, *captured.changed), (*read, *changed))
-        captured.graph.replay()
-        _copy((*changed, *filled), (*captured.changed, *captured.filled))
-
-    def look_up(self, key: Hashable) -> tuple[bool, Any]:
-        """Whether the key was there, and its graph if captured; it is now the last one used."""
-        is_known = key in self._seen
-        captured = self._seen.setdefault(key, None)
-        self._seen.move_to_end(key)
-        while len(self._seen) > self._capacity:
-            self._seen.popitem(last=False)
-        return is_known, captured
+        if can_capture(tensors):
+            with self._lock:  # also for the replay: the buffers serve one call at a time
+                key = key_of(function, flags, tensors)
+                is_known = key in self._seen
+                captured = self._seen.setdefault(key, None)
+                self._seen.move_to_end(key)
+                if is_known and captured is None:
+                    captured = self._seen[key] = capture(function, flags, read, changed, filled)
+                elif len(self._seen) > self._capacity:
+                    self._seen.popitem(last=False)
+                if captured is not None:
+                    _copy((*captured.read, *captured.changed), (*read, *changed))
+                    captured.graph.replay()
+                    _copy((*changed, *filled), (*captured.changed, *captured.filled))
+                    return
+        function(flags, *tensors)
 
 
 def key_of(function: Callable[..., None], flags: Hashable, tensors: Tensors) -> Hashable:
@@ -94,25 +86,27 @@ def key_of(function: Callable[..., None], flags: Hashable, tensors: Tensors) -> 
     return function, flags, like, device, stream
 
 
-def _can_capture(tensors: Tensors) -> bool:
+def can_capture(tensors: Tensors) -> bool:
+    """Not off a CUDA device, and not into a capture that is under way."""
     if any(tensor is not None and tensor.device.type != "cuda" for tensor in tensors):
         return False
     return not torch.cuda.is_current_stream_capturing()
 
 
-def _capture(
+def capture(
     function: Callable[..., None],
     flags: Hashable,
     read: Tensors,
     changed: Tensors,
     filled: Tensors,
-) -> _Captured:
-    buffers = [
+) -> Captured:
+    """Captures a call on the current device, over new buffers."""
+    groups = [
         tuple(None if x is None else torch.empty_like(x) for x in group)
         for group in (read, changed, filled)
     ]
-    _copy((*buffers[0], *buffers[1]), (*read, *changed))
-    arguments = (flags, *buffers[0], *buffers[1], *buffers[2])
+    _copy((*groups[0], *groups[1]), (*read, *changed))
+    arguments = (flags, *groups[0], *groups[1], *groups[2])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles kernels and makes the libraries' workspaces
@@ -122,7 +116,7 @@ def _capture(
     # "thread_local": another thread's loader may allocate pinned memory meanwhile
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function(*arguments)
-    return _Captured(graph, buffers[0], buffers[1], buffers[2])
+    return Captured(graph, *groups)
 
 
 def _copy(to: Tensors, of: Tensors) -> None:

@@ -528,28 +528,33 @@ def _sequence_forward(
     """`weight` is `(K, BLOCK_N, 2, BLOCK_N)`: transposed, see `_padded`."""
     replica = tl.program_id(1).to(tl.int64)
     stride = tl.num_programs(1).to(tl.int64) * batch * size  # of a step
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    line = tl.arange(0, ROWS)[:, None]
+    row = tl.program_id(0) * ROWS + line
     columns = tl.arange(0, BLOCK_N)[None, :]
     in_chunk = tl.arange(0, CHUNK)[:, None]
     in_size = columns < size
     valid = (row < batch) & in_size
-    start = (replica * batch + row) * size  # of the row in a step
+    first = (replica * batch + tl.program_id(0) * ROWS) * size  # of the rows in a step
+    line *= size  # tiles of offsets stay in 32 bits: they stay in registers for the whole loop
+    hidden += first
+    outputs += first
+    pre += 3 * first
+    if mask is not None:
+        mask += first
     norms = _load_norms(gate_gain, gate_shift, gain, shift, replica, columns, size)
     eta = tl.load(scalars + 2 * replica)
     zoneout = tl.load(scalars + 2 * replica + 1)
     weight += replica * 2 * BLOCK_N * BLOCK_N
-    state = tl.load(hidden + start + columns, mask=valid, other=0.0)
+    state = tl.load(hidden + line + columns, mask=valid, other=0.0)
     previous = hidden
     for _ in range(steps):
-        of_step = pre + 3 * start + columns
+        of_step = pre + 3 * line + columns
         target = tl.load(of_step, mask=valid, other=0.0)
         update = tl.load(of_step + size, mask=valid, other=0.0)
         for k in range(0, size, CHUNK):
             # a tile in registers cannot be cut, so the state is read again, piece by piece
             inner = k + tl.arange(0, CHUNK)[None, :]
-            left = tl.load(
-                previous + start + inner, mask=(row < batch) & (inner < size), other=0.0
-            )
+            left = tl.load(previous + line + inner, mask=(row < batch) & (inner < size), other=0.0)
             of_weight = weight + k * 2 * BLOCK_N + in_chunk * 2 * BLOCK_N + columns
             target = _add_tile_product(target, left, tl.load(of_weight), PRECISION)
             update = _add_tile_product(update, left, tl.load(of_weight + BLOCK_N), PRECISION)
@@ -558,7 +563,7 @@ def _sequence_forward(
         embedded = tl.load(of_step + 2 * size, mask=valid, other=0.0)
         keep = zoneout
         if mask is not None:
-            keep = tl.load(mask + start + columns, mask=valid, other=0.0)
+            keep = tl.load(mask + line + columns, mask=valid, other=0.0)
             mask += stride
         state = _step(
             target,
@@ -574,7 +579,7 @@ def _sequence_forward(
             GATE_NORM,
             HAS_ETA,
         )
-        tl.store(outputs + start + columns, state, mask=valid)
+        tl.store(outputs + line + columns, state, mask=valid)
         tl.debug_barrier()  # all of the state is there before the next step reads it
         previous = outputs
         outputs += stride
@@ -612,19 +617,23 @@ def _sequence_backward(
     block = tl.program_id(0)
     replica = tl.program_id(1).to(tl.int64)
     stride = tl.num_programs(1).to(tl.int64) * batch * size
-    row = block * ROWS + tl.arange(0, ROWS)[:, None]
+    line = tl.arange(0, ROWS)[:, None]
+    row = block * ROWS + line
     columns = tl.arange(0, BLOCK_N)[None, :]
     in_chunk = tl.arange(0, CHUNK)[:, None]
     in_size = columns < size
     valid = (row < batch) & in_size
-    start = (replica * batch + row) * size
+    first = (replica * batch + block * ROWS) * size
+    line *= size
+    hidden += first
+    grad_state += first
     norms = _load_norms(gate_gain, gate_shift, gain, shift, replica, columns, size)
     eta = tl.load(scalars + 2 * replica)
     zoneout = tl.load(scalars + 2 * replica + 1)
     weight += replica * 2 * BLOCK_N * BLOCK_N
     grad_norms += (replica * tl.num_programs(0) + block) * 6 * size + columns
-    grad = tl.load(grad_state + start + columns, mask=valid, other=0.0)
-    last = (steps - 1) * stride
+    grad = tl.load(grad_state + line + columns, mask=valid, other=0.0)
+    last = first + (steps - 1) * stride
     pre += 3 * last
     outputs += last - stride  # those of the step before
     grad_outputs += last
@@ -633,14 +642,14 @@ def _sequence_backward(
         mask += last
     for step in range(steps):
         if step == steps - 1:
-            state = tl.load(hidden + start + columns, mask=valid, other=0.0)
+            state = tl.load(hidden + line + columns, mask=valid, other=0.0)
         else:
-            state = tl.load(outputs + start + columns, mask=valid, other=0.0)
+            state = tl.load(outputs + line + columns, mask=valid, other=0.0)
         keep = zoneout
         if mask is not None:
-            keep = tl.load(mask + start + columns, mask=valid, other=0.0)
+            keep = tl.load(mask + line + columns, mask=valid, other=0.0)
             mask -= stride
-        of_step = pre + 3 * start + columns
+        of_step = pre + 3 * line + columns
         grad_target, grad_update, grad_embedded, grad_hidden, of_norms = _step_backward(
             tl.load(of_step, mask=valid, other=0.0),
             tl.load(of_step + size, mask=valid, other=0.0),
@@ -648,7 +657,7 @@ def _sequence_backward(
             state,
             keep,
             eta,
-            grad + tl.load(grad_outputs + start + columns, mask=valid, other=0.0),
+            grad + tl.load(grad_outputs + line + columns, mask=valid, other=0.0),
             norms,
             valid,
             size,
@@ -656,7 +665,7 @@ def _sequence_backward(
             GATE_NORM,
             HAS_ETA,
         )
-        to_step = grad_pre + 3 * start + columns
+        to_step = grad_pre + 3 * line + columns
         tl.store(to_step, grad_target, mask=valid)
         tl.store(to_step + size, grad_update, mask=valid)
         tl.store(to_step + 2 * size, grad_embedded, mask=valid)
@@ -668,7 +677,7 @@ def _sequence_backward(
         for k in range(0, size, CHUNK):
             inner = k + tl.arange(0, CHUNK)[None, :]
             inside = (row < batch) & (inner < size)
-            of_gates = grad_pre + 3 * start + inner
+            of_gates = grad_pre + 3 * line + inner
             of_weight = weight + k * BLOCK_N + in_chunk * BLOCK_N + columns
             left = tl.load(of_gates, mask=inside, other=0.0)
             grad = _add_tile_product(grad, left, tl.load(of_weight), PRECISION)
@@ -679,7 +688,7 @@ def _sequence_backward(
         outputs -= stride
         grad_outputs -= stride
         grad_pre -= 3 * stride
-    tl.store(grad_state + start + columns, grad, mask=valid)
+    tl.store(grad_state + line + columns, grad, mask=valid)
 
 
 # All steps with lambda = 1, a program for one sample. Rows are [1, BLOCK_N].
@@ -1222,8 +1231,7 @@ class RUMRows:
 
 def block_of(size: int) -> int:
     """Numbers in a row of a tile; at least 16, for products of tiles."""
-    block: int = max(16, triton.next_power_of_2(size))
-    return block
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def warps_of(block: int) -> int:
@@ -1351,8 +1359,11 @@ def _scalars(
 
 
 def _rows_of_program(weight: Tensor, flags: _Flags) -> int:
-    """Rows of a program: 16 fill a tensor core; without one, few rows make many programs."""
-    return 4 if weight.dtype == torch.float32 and flags.precision == "ieee" else 16
+    """Rows of a program: few make many programs, and a step's numbers fit into registers.
+
+    Half a tensor core's 16 rows idle; with 16 the backward pass spills 500 bytes a thread.
+    """
+    return 4 if weight.dtype == torch.float32 and flags.precision == "ieee" else 8
 
 
 def _warps_with_memory(block: int) -> int:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, Triton's too
 pytest.importorskip("triton", reason="needs the package triton")
+
+import triton
 
 from rum.cells import (
     FastSlowCell,
@@ -33,6 +35,12 @@ from rum.kernels.memory import initial_skew
 from rum.kernels.recurrence import RecurrenceOptions, Rows
 from rum.kernels.triton_gates import GRURows, LSTMRows
 from rum.kernels.triton_rum import RUMRows, TritonRecurrence
+
+if triton.knobs.runtime.interpret and triton.__version__.startswith("3.6."):
+    pytest.skip(
+        "the interpreter of Triton 3.6 counts loops with arrays, which numpy 2.4 does not take",
+        allow_module_level=True,
+    )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = 3
