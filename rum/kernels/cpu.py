@@ -95,10 +95,12 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it calls the system
 def is_built() -> bool:
     """Whether there is a library."""
     return library() is not None
+
+
+is_built._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see gpu.py
 
 
 def unserved(size: int, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -31,11 +31,15 @@ def unserved(size: int, has_memory: bool, dtype: torch.dtype, device: torch.devi
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it calls the system
 def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it calls the system
 def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+# torch.compile takes results for constants, for it cannot trace calls of the system. What
+# torch.compiler.assume_constant_result sets; that would import the compiler and Triton, seconds.
+for _function in (_is_installed, _is_interpreted):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,13 +1,13 @@
 """The Triton kernels against the step-by-step reference in float64.
 
-Without a CUDA device they run in Triton's interpreter; `test_triton_compiles.py` looks at what the
-compiler makes of them, and the tests marked `gpu` at real sizes on a device.
+Without a CUDA device they run in Triton's interpreter (tests/conftest.py sees to it);
+`test_triton_compiles.py` looks at what the compiler makes of them, and the tests marked `gpu` at
+real sizes on a device.
 """
 
 import copy
 import itertools
 import math
-import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, Triton's too
 pytest.importorskip("triton", reason="needs the package triton")
 
 import triton
