@@ -38,6 +38,7 @@ class Graphs:
         self._seen: OrderedDict[Hashable, Captured | None] = OrderedDict()
         self._lock = threading.Lock()  # backward runs in threads of autograd
 
+    @torch.no_grad()
     def run(
         self,
         function: Callable[..., None],
@@ -101,10 +102,11 @@ def capture(
     filled: Tensors,
 ) -> Captured:
     """Captures a call on the current device, over new buffers."""
-    groups = [
-        tuple(None if x is None else torch.empty_like(x) for x in group)
-        for group in (read, changed, filled)
-    ]
+    with torch.inference_mode(False):  # the buffers serve calls in other modes too
+        groups = [
+            tuple(None if x is None else torch.empty_like(x) for x in group)
+            for group in (read, changed, filled)
+        ]
     _copy((*groups[0], *groups[1]), (*read, *changed))
     arguments = (flags, *groups[0], *groups[1], *groups[2])
     side = torch.cuda.Stream()

@@ -14,6 +14,7 @@ from torch import Tensor
 from rum.kernels.triton_rum import (
     add_to,
     block_of,
+    launched_on,
     sigmoid,
     standardize,
     standardize_backward,
@@ -254,7 +255,7 @@ class LSTMRows:
                 size,
                 *self._numbers,
                 BLOCK_N=block,
-                num_warps=warps_of(block),
+                **launched_on(warps_of(block)),
             )
 
     def backward(
@@ -285,7 +286,7 @@ class LSTMRows:
                 size,
                 *self._numbers,
                 BLOCK_N=block,
-                num_warps=warps_of(block),
+                **launched_on(warps_of(block)),
             )
 
 
@@ -313,7 +314,7 @@ class GRURows:
         block = block_of(size)
         with torch.cuda.device_of(pre):
             _gru_forward[(rows,)](
-                pre, states[0], new_states[0], size, BLOCK_N=block, num_warps=warps_of(block)
+                pre, states[0], new_states[0], size, BLOCK_N=block, **launched_on(warps_of(block))
             )
 
     def backward(
@@ -338,5 +339,5 @@ class GRURows:
                 grad_pre,
                 size,
                 BLOCK_N=block,
-                num_warps=warps_of(block),
+                **launched_on(warps_of(block)),
             )

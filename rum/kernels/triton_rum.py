@@ -1050,7 +1050,7 @@ class TritonRecurrence:
                     size,
                     **self._flags.constants(self._block),
                     CHUNK=min(32, self._block),
-                    num_warps=_warps_with_memory(self._block),
+                    **launched_on(_warps_with_memory(self._block)),
                 )
                 _take_square(memory, matrix)
                 _take_square(skew, carried)
@@ -1069,7 +1069,7 @@ class TritonRecurrence:
                     PRECISION=self._flags.precision,
                     ROWS=rows,
                     CHUNK=min(32, self._block),
-                    num_warps=min(8, self._block // 16),
+                    **launched_on(min(8, self._block // 16)),
                     num_stages=2,
                 )
             else:
@@ -1108,7 +1108,7 @@ class TritonRecurrence:
             batch,
             size,
             **self._flags.constants(self._block),
-            num_warps=_warps_with_memory(self._block),
+            **launched_on(_warps_with_memory(self._block)),
         )
         _take_square(memory, matrix)
 
@@ -1132,7 +1132,7 @@ class TritonRecurrence:
             PRECISION=self._flags.precision,
             ROWS=rows,
             CHUNK=min(32, self._block),
-            num_warps=min(8, self._block // 16),
+            **launched_on(min(8, self._block // 16)),
             num_stages=2,
         )
 
@@ -1181,7 +1181,7 @@ class RUMRows:
                 rows,
                 size,
                 **self._flags.constants(block),
-                num_warps=warps_of(block),
+                **launched_on(warps_of(block)),
             )
 
     def backward(
@@ -1217,7 +1217,7 @@ class RUMRows:
                 rows,
                 size,
                 **self._flags.constants(block),
-                num_warps=warps_of(block),
+                **launched_on(warps_of(block)),
             )
 
     def _scalars_on(self, device: torch.device) -> Tensor:
@@ -1232,6 +1232,11 @@ class RUMRows:
 def block_of(size: int) -> int:
     """Numbers in a row of a tile; at least 16, for products of tiles."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def launched_on(warps: int) -> dict[str, Any]:
+    """Options of a launch."""
+    return {"num_warps": warps, "enable_fp_fusion": True}  # else Triton 3.9 warns
 
 
 def warps_of(block: int) -> int:
@@ -1274,7 +1279,7 @@ def _steps_forward(
             batch,
             size,
             **flags.constants(block),
-            num_warps=warps_of(block),
+            **launched_on(warps_of(block)),
         )
         if not is_cast:
             operand = outputs[step]
@@ -1323,7 +1328,7 @@ def _steps_backward(
             batch,
             size,
             **flags.constants(block),
-            num_warps=warps_of(block),
+            **launched_on(warps_of(block)),
         )
         of_gates = grad_pre[step, ..., : 2 * size] if operand is None else operand
         _add_product(grad_state, of_gates, weight)
@@ -1340,7 +1345,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _flags(options: RecurrenceOptions) -> _Flags:
-    is_exact = options.product_dtype or not torch.backends.cuda.matmul.allow_tf32
+    is_exact = options.product_dtype or torch.backends.cuda.matmul.fp32_precision != "tf32"
     return _Flags(
         options.activation,
         options.layer_norm_gate,

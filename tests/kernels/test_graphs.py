@@ -100,6 +100,15 @@ def test_replays_on_a_device() -> None:
 
 
 @pytest.mark.gpu
+def test_a_graph_of_inference_serves_training() -> None:
+    runner = Graphs()
+    with torch.inference_mode():
+        for _ in range(2):
+            assert_is_doubled(call(runner, device="cuda"))
+    assert_is_doubled(call(runner, device="cuda"))
+
+
+@pytest.mark.gpu
 def test_within_another_capture_the_function_is_called() -> None:
     runner, other = Graphs(), torch.cuda.CUDAGraph()
     call(runner, device="cuda")

@@ -87,7 +87,7 @@ def resources(name, weight, constants, warps):
     source = ASTSource(
         kernel, signature, {position[key]: value for key, value in constants.items()}, aligned
     )
-    options = {"num_warps": warps, "num_stages": 2}
+    options = {**triton_rum.launched_on(warps), "num_stages": 2}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -111,7 +111,6 @@ print(json.dumps({key: resources(*case) for key, case in cases.items()}))
 
 def test_kernels_compile_and_fit() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
         input=json.dumps(CASES),
