@@ -1337,7 +1337,7 @@ def _steps_backward(
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds left right to `total`, in float32 also where the operands are not; all (K, ., .)."""
     if left.dtype != total.dtype and total.is_cuda:
-        torch.baddbmm(total, left, right, out_dtype=total.dtype, out=total)
+        total += torch.bmm(left, right, out_dtype=total.dtype)
     elif len(total) == 1:
         total[0].addmm_(left[0].to(total.dtype), right[0].to(total.dtype))
     else:
