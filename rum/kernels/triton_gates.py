@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rum.kernels.triton_rum import (
+from rum.kernels.triton_kernels import (
     add_to,
     block_of,
     launched_on,

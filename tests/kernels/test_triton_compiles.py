@@ -30,7 +30,7 @@ for direction in ("forward", "backward"):
     is_back = direction == "backward"
     for block, warps in ((256, 1), (2048, 8)):
         CASES[f"rows {direction} {block}"] = (
-            f"_rows_{direction}",
+            f"rows_{direction}",
             "fp32",
             {**STEP, **NORM, "BLOCK_N": block},
             warps,
@@ -41,14 +41,14 @@ for direction in ("forward", "backward"):
         ("half", "bf16", HALF),
     ):
         CASES[f"sequence {direction} {name} 256"] = (
-            f"_sequence_{direction}",
+            f"sequence_{direction}",
             dtype,
             {**STEP, **PLAIN, **constants, "BLOCK_N": 256, "CHUNK": 32},
             8,
         )
     for dtype, block, warps in (("fp32", 64, 8), ("fp32", 128, 8), ("bf16", 128, 8)):
         CASES[f"memory {direction} {dtype} {block}"] = (
-            f"_memory_{direction}",
+            f"memory_{direction}",
             dtype,
             {**STEP, **PLAIN, "BLOCK_N": block, **({"CHUNK": 32} if is_back else {})},
             warps,
@@ -61,13 +61,13 @@ import json, os, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rum.kernels import triton_gates, triton_rum
+from rum.kernels import triton_gates, triton_kernels
 
 WHOLE = ("step", "steps", "batch", "size")
 REAL = ("forget_bias", "zoneout_h", "zoneout_c")
 
 def resources(name, weight, constants, warps):
-    kernel = getattr(triton_rum, name, None) or getattr(triton_gates, name)
+    kernel = getattr(triton_kernels, name, None) or getattr(triton_gates, name)
     signature = {}
     for argument in kernel.arg_names:
         if argument in constants:
@@ -87,7 +87,7 @@ def resources(name, weight, constants, warps):
     source = ASTSource(
         kernel, signature, {position[key]: value for key, value in constants.items()}, aligned
     )
-    options = {**triton_rum.launched_on(warps), "num_stages": 2}
+    options = {**triton_kernels.launched_on(warps), "num_stages": 2}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
