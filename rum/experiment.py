@@ -21,6 +21,9 @@ from rum.training.checkpoint import Checkpoint, CheckpointStore, load_state
 from rum.training.config import TrainingConfig
 from rum.training.loop import Progress, Report, Trainer
 
+WEIGHTLESS = ("zoneout", "zoneout_h", "zoneout_c", "eta", "dropout")
+"""Options of models that change no weight's shape or meaning: they may change in mid-training."""
+
 
 @dataclass(kw_only=True)
 class ExperimentConfig:
@@ -108,7 +111,7 @@ def run_experiment(
         _check_same_model(config, checkpoint)
         trainer.restore(checkpoint)
     elif begin_from is not None:
-        _check_same_model(config, begin_from)
+        _check_same_model(config, begin_from, apart_from=WEIGHTLESS)
         trainer.restore(begin_from)
         # The origin keeps its reports and its best weights: here both begin afresh.
         origin = trainer.progress
@@ -133,16 +136,17 @@ def describe(config: ExperimentConfig, task: Task) -> dict[str, Any]:
     }
 
 
-def _check_same_model(config: ExperimentConfig, checkpoint: Checkpoint) -> None:
-    theirs = checkpoint.description.get("experiment", {}).get("model")
-    ours = dataclasses.asdict(config.model)
-    if theirs != ours:
-        before, now = flatten(theirs or {}), flatten(ours)
-        different = [
-            f"{name}: {before.get(name)}, expected {now.get(name)}"
-            for name in dict.fromkeys((*before, *now))
-            if before.get(name) != now.get(name)
-        ]
+def _check_same_model(
+    config: ExperimentConfig, checkpoint: Checkpoint, apart_from: tuple[str, ...] = ()
+) -> None:
+    before = flatten(checkpoint.description.get("experiment", {}).get("model") or {})
+    now = flatten(dataclasses.asdict(config.model))
+    different = [
+        f"{name}: {before.get(name)}, expected {now.get(name)}"
+        for name in dict.fromkeys((*before, *now))
+        if before.get(name) != now.get(name) and name.rpartition(".")[2] not in apart_from
+    ]
+    if different:
         raise CheckpointError(f"{checkpoint.path} is of another model: {'; '.join(different)}")
 
 

@@ -116,7 +116,15 @@ class Task(ABC):
 
     @abstractmethod
     def baselines(self) -> dict[str, float]:
-        """What a memoryless or short-memory model reaches, in the metric's unit."""
+        """What a memoryless or short-memory model reaches, in the metric's unit.
+
+        The first is the plateau: where training may stay for long before it breaks through.
+        """
+
+    @property
+    def plateau(self) -> float:
+        """The baseline at which training may stay for long before it breaks through."""
+        return next(iter(self.baselines().values()))
 
     @property
     def headline_batch_sizes(self) -> tuple[int | None, ...]:

@@ -20,11 +20,22 @@ from rum.tasks import Task
 from rum.training.checkpoint import CheckpointStore
 from rum.training.loop import Report
 from rum.tune import messages
-from rum.tune.asha import Rungs
 from rum.tune.messages import Workplace
 from rum.tune.provenance import trial_tags
+from rum.tune.schedulers import Population, Scheduler, Verdict
 from rum.tune.space import apply
-from rum.tune.study import ORIGIN, REASON, RUNG, Study, TrialSpec, is_sound, run_status
+from rum.tune.study import (
+    ORIGIN,
+    PAUSED,
+    REASON,
+    RUNG,
+    Study,
+    TrialSpec,
+    is_paused,
+    is_sound,
+    run_status,
+)
+from rum.tune.succession import enqueue_successor
 from rum.tune.tracking import INTERRUPTED, Tracker, ended
 
 logger = logging.getLogger(__name__)
@@ -38,7 +49,7 @@ class Conductor:
         study: Study,
         base: ExperimentConfig,
         task: Task,
-        rungs: Rungs,
+        scheduler: Scheduler,
         tracker: Tracker,
         workplace: Workplace,
     ) -> None:
@@ -48,7 +59,7 @@ class Conductor:
             study: The study.
             base: The experiment around the searched options.
             task: Gives metric and mode.
-            rungs: The scheduler, empty; filled here from the study.
+            scheduler: Empty; filled here from the study.
             tracker: MLflow.
             workplace: Where the trials' checkpoints are.
         """
@@ -56,21 +67,30 @@ class Conductor:
         self._base = base
         self._key = f"validation/best_{task.metric}"
         self._metric = task.metric
-        self._rungs = rungs
+        self._scheduler = scheduler
         self._tracker = tracker
         self._workplace = workplace
         self._last_epoch: dict[int, int] = {}
         self._running: dict[int, TrialSpec] = {}
+        self._paused: dict[int, int] = {}
+        for trial in study.trials():
+            if is_sound(trial):
+                self._scheduler.file(trial.number, trial.intermediate_values)
         for trial in study.trials(TrialState.RUNNING):
             if trial.user_attrs.get(RUNG) in trial.intermediate_values:  # None is no epoch
                 self._end_stopped(trial)
-        self._adopted = study.trials(TrialState.RUNNING)
+        self._adopted = []
+        for trial in study.trials(TrialState.RUNNING):
+            if is_paused(trial):
+                self._paused[trial.number] = trial.user_attrs[PAUSED]
+            else:
+                self._adopted.append(trial)
         self._asked = len(study.trials()) - len(study.trials(TrialState.WAITING))
+        # A driver may have died between queueing a successor and counting it.
+        if isinstance(scheduler, Population):
+            study.target = max(study.target, len(study.trials()))
         self._began = time.monotonic()
         self._epochs_trained = 0
-        for trial in study.trials():
-            if is_sound(trial):
-                self._rungs.file(trial.number, trial.intermediate_values)
         self._catch_up()
 
     def _end_stopped(self, trial: FrozenTrial) -> None:
@@ -114,24 +134,49 @@ class Conductor:
         return max(0, self._study.target - self.num_ended)
 
     def next_trial(self) -> TrialSpec | None:
-        """The next trial to start, None when all have been."""
+        """The next trial to start or to go on with, None while there is none: see `is_done`."""
+        is_idle = self._asked >= self._study.target
         if self._adopted:
-            frozen = self._adopted.pop(0)
-            spec = self._study.adopt(frozen)
-            epochs = frozen.intermediate_values
-            if RUNG in frozen.user_attrs:  # a stop that was noted and not reported: judged anew
-                self._study.note(spec.number, RUNG, None)
-            self._last_epoch[spec.number] = max(epochs, default=0)
-        elif self._asked < self._study.target:
+            spec = self._taken_up(self._adopted.pop(0))
+        elif (number := self._scheduler.promoted(self._paused, is_idle=is_idle)) is not None:
+            del self._paused[number]
+            spec = self._taken_up(self._study.trial(number))
+            self._study.note(number, PAUSED, None)
+        elif not is_idle:
             self._asked += 1
             spec = self._study.ask()
             self._last_epoch[spec.number] = 0
         else:
+            if not self._running:
+                self._end_paused()
             return None
         self._running[spec.number] = spec
         self._start_run(spec.number, spec.parameters, spec.origin)
         self._log_missing(spec.number, self._last_epoch[spec.number])
         return spec
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no trial is left to start or to go on with."""
+        return self.num_open == 0
+
+    def _taken_up(self, frozen: FrozenTrial) -> TrialSpec:
+        """Opens a trial that has begun."""
+        spec = self._study.adopt(frozen)
+        if RUNG in frozen.user_attrs:  # a stop that was noted and not reported: judged anew
+            self._study.note(spec.number, RUNG, None)
+        self._last_epoch[spec.number] = max(frozen.intermediate_values, default=0)
+        return spec
+
+    def _end_paused(self) -> None:
+        """Ends the trials that nothing can promote any more."""
+        for number, epoch in sorted(self._paused.items()):
+            frozen = self._study.trial(number)
+            self._study.adopt(frozen)
+            self._study.note(number, RUNG, epoch)
+            value = frozen.intermediate_values[epoch]
+            self._close(number, TrialState.PRUNED, f"not promoted: {value:.4f} at rung {epoch}")
+        self._paused.clear()
 
     def _start_run(
         self, number: int, parameters: dict[str, Any], origin: dict[str, Any] | None
@@ -146,7 +191,7 @@ class Conductor:
             f"{self._study.name}-{number:04d}",
             flatten(plain),
             tags,
-            parent_id=origin["run_id"] if origin else None,
+            parent_id=origin.get("run_id") if origin else None,
             began=self._study.trial(number).datetime_start,
         )
 
@@ -160,6 +205,8 @@ class Conductor:
         status = message["status"]
         if status in (messages.DIVERGED, messages.CRASHED):
             state = TrialState.PRUNED if status == messages.DIVERGED else TrialState.FAIL
+            if status == messages.DIVERGED:
+                self._scheduler.forget(number)
             self._end(number, state, reason=message["reason"], worker=message["worker"])
             return True
         report: Report = message["report"]
@@ -167,18 +214,39 @@ class Conductor:
         if epoch > self._last_epoch[number]:
             self._last_epoch[number] = epoch
             self._epochs_trained += 1
-            stop = status != messages.FINISHED and self._rungs.judge(number, epoch, value)
-            if stop:  # noted first: a driver that dies after the report still ends the trial
+            verdict = Verdict.GO_ON
+            if status != messages.FINISHED:
+                verdict = self._scheduler.judge(number, epoch, value)
+            if verdict is Verdict.REPLACE and not self._replace(number, epoch):
+                verdict = Verdict.GO_ON
+            # Noted first: a driver that dies after the report still knows what was decided.
+            if verdict in (Verdict.STOP, Verdict.REPLACE):
                 self._study.note(number, RUNG, epoch)
+            elif verdict is Verdict.PAUSE:
+                self._study.note(number, PAUSED, epoch)
             self._study.report(number, epoch, value)
             self._tracker.log_report(number, report)
-            if stop:
+            if verdict is Verdict.PAUSE:
+                del self._running[number]
+                self._paused[number] = epoch
+                tags = {"rum.state": "paused", "rum.paused_after": str(epoch)}
+                self._tracker.end_trial(number, INTERRUPTED, tags)
+                return True
+            if verdict is not Verdict.GO_ON:
                 reason = f"stopped by the scheduler: {value:.4f} at rung {epoch}"
                 self._end(number, TrialState.PRUNED, reason=reason, worker=message["worker"])
                 return True
         if status == messages.FINISHED:
             self._end(number, TrialState.COMPLETE, value=value, worker=message["worker"])
         return False
+
+    def _replace(self, number: int, epoch: int) -> bool:
+        """Queues another trial's copy beyond the target; returns whether there is one."""
+        assert isinstance(self._scheduler, Population)
+        before = len(self._study.trials())
+        done = enqueue_successor(self._study, self._scheduler, self._workplace, number, epoch)
+        self._study.target += len(self._study.trials()) - before
+        return done
 
     def on_lost(self, number: int, reason: str) -> None:
         """Takes that a trial ended without saying so (its process died too often)."""
@@ -195,6 +263,16 @@ class Conductor:
         reason: str | None = None,
     ) -> None:
         del self._running[number]
+        self._close(number, state, reason, value, worker)
+
+    def _close(
+        self,
+        number: int,
+        state: TrialState,
+        reason: str | None,
+        value: float | None = None,
+        worker: dict[str, Any] | None = None,
+    ) -> None:
         if reason is not None:
             self._study.note(number, REASON, reason)
         self._study.finish(number, state, value)
@@ -232,6 +310,7 @@ class Conductor:
         trials = self._study.trials()
         counts = {
             "running": len(self._running),
+            "paused": len(self._paused),
             "finished": sum(t.state == TrialState.COMPLETE for t in trials),
             "stopped early": sum(t.state == TrialState.PRUNED and is_sound(t) for t in trials),
             "failed": sum(

@@ -11,7 +11,7 @@ from rum.setting import PublishedConfig
 from rum.train import TrackingConfig
 
 SAMPLERS = ("random", "tpe", "cmaes", "gp", "qmc", "nsga2")
-SCHEDULERS = ("none", "asha")
+SCHEDULERS = ("none", "asha", "promotion", "hyperband", "median", "pbt")
 
 
 @dataclass(kw_only=True)
@@ -54,17 +54,26 @@ class SchedulerConfig:
     """Which trials are stopped early."""
 
     name: str = "asha"
-    """"asha" (stopping type: Li et al. 2020) or "none"."""
+    """"none"; "asha" (asynchronous successive halving, stopping); "promotion" (the same, but
+    trials are paused at a rung and go on when they are among the best there); "hyperband" (several
+    "asha" with later and later first rungs); "median"; "pbt" (population-based training)."""
     grace_epochs: int = 1
-    """Of "asha": the first rung; no trial is stopped before."""
+    """The first rung of "asha", "promotion" and "hyperband", before which no trial is stopped, nor
+    by "median"; of "pbt" the epochs between two comparisons."""
     reduction_factor: int = 3
-    """Of "asha": at each rung the best 1/factor go on; rungs are grace_epochs x factor^k."""
+    """At each rung the best 1/factor go on; rungs are grace_epochs x factor^k."""
+    plateau_band: float | None = 0.1
+    """At rungs, trials that have not closed this share of the gap between the task's plateau (what
+    is reached without memory) and a perfect value are not ranked among each other; null ranks
+    all."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
         check_choice("scheduler.name", self.name, SCHEDULERS)
         check_at_least("scheduler.grace_epochs", self.grace_epochs, 1)
         check_at_least("scheduler.reduction_factor", self.reduction_factor, 2)
+        if self.plateau_band is not None and not 0.0 <= self.plateau_band < 1.0:
+            raise ConfigError(f"scheduler.plateau_band must be in [0, 1), got {self.plateau_band}")
 
 
 @dataclass(kw_only=True)

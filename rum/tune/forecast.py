@@ -13,9 +13,9 @@ from rum.errors import ConfigError
 from rum.experiment import ExperimentConfig, model_sizes, parameter_count
 from rum.models import SequenceModel, build_model
 from rum.tasks import Task
-from rum.tune.asha import expected_epochs, milestones
 from rum.tune.config import SearchConfig
 from rum.tune.samplers import build_sampler
+from rum.tune.schedulers import build_scheduler
 from rum.tune.space import apply, suggest
 
 SAMPLES = 25
@@ -73,11 +73,7 @@ def forecast(config: SearchConfig, task: Task, output_dir: Path, concurrent: int
     seconds = _probe(sampled[probed], task) * task.steps_per_epoch * 1.1
     mean_epoch = statistics.mean(seconds * count / counts[probed] for count in counts)
     max_epochs = config.training.max_epochs
-    epochs = float(max_epochs)
-    if config.scheduler.name == "asha":
-        factor = config.scheduler.reduction_factor
-        rungs = milestones(config.scheduler.grace_epochs, factor, max_epochs)
-        epochs = expected_epochs(rungs, factor, max_epochs)
+    epochs = build_scheduler(config, task).mean_epochs(max_epochs)
     total = mean_epoch * config.search.num_trials / concurrent / 3600
     return Forecast(
         parameters=(counts[order[0]], counts[probed], counts[order[-1]]),

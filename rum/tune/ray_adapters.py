@@ -32,10 +32,10 @@ class ConductedSearcher(_NotPickled, Searcher):
         self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Opens the next trial."""
+        """Opens the next trial; None makes Ray ask again later."""
         spec = self._conductor.next_trial()
         if spec is None:
-            return str(Searcher.FINISHED)
+            return str(Searcher.FINISHED) if self._conductor.is_done else None
         self._numbers[trial_id] = spec.number
         return {"number": spec.number, "parameters": spec.parameters, "origin": spec.origin}
 

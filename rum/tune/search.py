@@ -26,7 +26,6 @@ from rum.parameters import flatten, nearest
 from rum.tasks import CharacterLMConfig, Task
 from rum.train import task_slug
 from rum.training.checkpoint import CheckpointStore
-from rum.tune.asha import Rungs, milestones
 from rum.tune.cluster import check_ray_address, concurrent, resources, running_ray
 from rum.tune.conductor import Conductor
 from rum.tune.config import SearchConfig, output_folder
@@ -36,6 +35,7 @@ from rum.tune.provenance import common_tags
 from rum.tune.ray_adapters import ConductedScheduler, ConductedSearcher, ProgressCallback
 from rum.tune.registry import register
 from rum.tune.results import best_trials, failures, next_commands, resume_command
+from rum.tune.schedulers import build_scheduler
 from rum.tune.space import check_space, space_to_plain
 from rum.tune.study import (
     Study,
@@ -243,8 +243,8 @@ def conduct(
     conductor = None
     try:
         with _outside_errors_explained(resume_command(config.command, study.name)):
-            rungs = _rungs(config, study.mode)
-            conductor = Conductor(study, base, task, rungs, tracker, workplace)
+            scheduler = build_scheduler(config, task)
+            conductor = Conductor(study, base, task, scheduler, tracker, workplace)
             if conductor.num_open:
                 with running_ray() as machine:
                     _fit(config, conductor, workplace, folder, concurrent(config, machine))
@@ -304,14 +304,9 @@ def _register(
         say(f"Model {registered.message}")
 
 
-def _rungs(config: SearchConfig, mode: str) -> Rungs:
-    scheduler = config.scheduler
-    rungs = []
-    if scheduler.name == "asha":
-        rungs = milestones(
-            scheduler.grace_epochs, scheduler.reduction_factor, config.training.max_epochs
-        )
-    return Rungs(rungs, scheduler.reduction_factor, mode)
+def _trial_name(trial: Any) -> str:
+    """Ray's own part tells apart the times that a trial was taken up."""
+    return f"trial_{trial.config['number']:04d}_{trial.trial_id}"
 
 
 def _fit(
@@ -331,12 +326,12 @@ def _fit(
         tune_config=tune.TuneConfig(
             search_alg=ConductedSearcher(conductor),
             scheduler=ConductedScheduler(conductor),
-            num_samples=conductor.num_open,
+            num_samples=-1,  # until the searcher says that it has finished
             max_concurrent_trials=concurrent,
             reuse_actors=True,
             # Ray would put the parameters into these names.
-            trial_name_creator=lambda trial: f"trial_{trial.config['number']:04d}",
-            trial_dirname_creator=lambda trial: f"trial_{trial.config['number']:04d}",
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
             name="run",

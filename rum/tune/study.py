@@ -1,15 +1,16 @@
 """A study: Optuna's record of trials, its folder, and the lock that keeps it to one driver."""
 
+import copy
 import fcntl
 import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
 import sqlalchemy
@@ -28,6 +29,8 @@ CONCLUDED = "rum.concluded"
 TARGET = "rum.target"
 REASON = "rum.reason"
 RUNG = "rum.rung"
+PAUSED = "rum.paused"
+"""The epoch after which a trial waits; None once it went on."""
 ORIGIN = "rum.origin"
 
 
@@ -125,7 +128,10 @@ class Study:
         self.name = name
         self._space = space
         self._sampler = sampler
-        self._study = optuna.load_study(study_name=name, storage=storage)
+        shared = optuna.storages.get_storage(storage)
+        self._study = optuna.load_study(study_name=name, storage=shared)
+        view = cast(optuna.storages.BaseStorage, _PausedAsPruned(shared))
+        self._sampled = optuna.load_study(study_name=name, storage=view)
         self._open: dict[int, optuna.Trial] = {}
 
     @property
@@ -178,13 +184,13 @@ class Study:
         """Opens the next trial: an enqueued one, else a new sample."""
         waiting = self.trials(TrialState.WAITING)
         number = waiting[0].number if waiting else len(self.trials())
-        self._study.sampler = build_sampler(self._sampler, number)
-        return self._suggest(self._study.ask())
+        self._sampled.sampler = build_sampler(self._sampler, number)
+        return self._suggest(self._sampled.ask())
 
     def adopt(self, frozen: FrozenTrial) -> TrialSpec:
-        """Opens a trial that was running when its driver died."""
-        self._study.sampler = build_sampler(self._sampler, frozen.number)
-        return self._suggest(optuna.Trial(self._study, frozen._trial_id))
+        """Opens a trial that was running when its driver died, or that was paused."""
+        self._sampled.sampler = build_sampler(self._sampler, frozen.number)
+        return self._suggest(optuna.Trial(self._sampled, frozen._trial_id))
 
     def _suggest(self, trial: optuna.Trial) -> TrialSpec:
         self._open[trial.number] = trial
@@ -211,6 +217,40 @@ class Study:
             if trial.value is not None and is_sound(trial)
         ]
         return sorted(trials, key=lambda t: t.value or 0.0, reverse=self.mode == "max")
+
+
+class _PausedAsPruned:
+    """A storage of Optuna's as samplers are to see it.
+
+    They learn nothing from trials that run, and a trial may be paused for most of a search: to
+    them it counts as stopped there, also while it goes on.
+    """
+
+    def __init__(self, storage: optuna.storages.BaseStorage) -> None:
+        self._storage = storage
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """As the storage's own."""
+        trials = self._storage.get_all_trials(study_id, deepcopy=deepcopy)
+        shown = []
+        for trial in trials:
+            if trial.state == TrialState.RUNNING and PAUSED in trial.user_attrs:
+                trial = copy.copy(trial)
+                trial.state = TrialState.PRUNED
+            if states is None or trial.state in states:
+                shown.append(trial)
+        return shown
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+
+def is_paused(trial: FrozenTrial) -> bool:
+    """Whether a trial waits to be gone on with."""
+    epoch = trial.user_attrs.get(PAUSED)
+    return trial.state == TrialState.RUNNING and epoch in trial.intermediate_values
 
 
 def is_sound(trial: FrozenTrial) -> bool:

@@ -160,6 +160,8 @@ class Tracker:
         known = self._known_run_id(number)
         if known is not None:
             self.client.update_run(known, status=RUNNING)
+            if number is not None:
+                self.client.set_tag(known, "rum.state", "running")  # it was interrupted or paused
             there = self._existing[number].data.params if number in self._existing else parameters
             parameters = {k: value for k, value in parameters.items() if k not in there}
             run_id = known

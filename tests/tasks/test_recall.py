@@ -101,7 +101,7 @@ def test_metrics_loss_and_baseline() -> None:
     task = recall()
     metrics = task.metrics(Totals(35.0, 63, 70, 63, 70))
     assert metrics == pytest.approx({"accuracy": 0.9, "cross_entropy": 0.5})
-    assert task.baselines() == {"memoryless": 0.1}
+    assert task.baselines()["memoryless"] == 0.1
     logits = torch.zeros(1, 4, 10, dtype=torch.float64)
     logits[0, :, 3] = math.log(11)  # 11 / 20 for the fourth digit
     target = torch.tensor([[3, 3, 3, 0]])

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rum.train import TrackingConfig
 from rum.tune.audit import check_study
 from rum.tune.config import CheckConfig
-from rum.tune.study import open_storage
+from rum.tune.study import is_paused, open_storage
 from rum.tune.tracking import STUDY_TAG, TRIAL_TAG, tracking_uri
 
 
@@ -139,7 +139,8 @@ def check_books(
             run = runs_of(output_dir, study, uri)[trial.number]
             assert run.data.tags["rum.metric"] == metric
             open_still = trial.state == TrialState.RUNNING
-            state = "interrupted" if open_still else trial.state.name
+            left = "paused" if is_paused(trial) else "interrupted"
+            state = left if open_still else trial.state.name
             assert run.data.tags["rum.state"] == state
             epochs = sorted(trial.intermediate_values)
             first = epochs[0] if epochs else 1

@@ -15,14 +15,15 @@ from rum.experiment import ExperimentConfig
 from rum.parameters import flatten
 from rum.tasks import CopyingConfig
 from rum.train import TrackingConfig
-from rum.training.checkpoint import CheckpointStore
+from rum.training.checkpoint import CheckpointStore, read_checkpoint
 from rum.training.config import TrainingConfig
-from rum.tune.asha import Rungs
 from rum.tune.conductor import Conductor
 from rum.tune.config import Domain, SamplerConfig
 from rum.tune.messages import CRASHED, DIVERGED, FINISHED, RUNNING, Workplace
+from rum.tune.schedulers import Population, Scheduler
+from rum.tune.schedulers.halving import Halving
 from rum.tune.space import apply
-from rum.tune.study import RUNG, Study, ensure_study, open_storage
+from rum.tune.study import PAUSED, RUNG, Study, ensure_study, is_paused, open_storage
 from rum.tune.tracking import INTERRUPTED, Tracker, connect
 
 BASE = ExperimentConfig(
@@ -63,7 +64,7 @@ def end(number: int, status: str, reason: str) -> dict[str, Any]:
 class Driver:
     """A conductor with its books, as one process of a search has them."""
 
-    def __init__(self, output_dir: Path, target: int, milestones: list[int]) -> None:
+    def __init__(self, output_dir: Path, target: int, scheduler: Scheduler) -> None:
         storage = open_storage(output_dir)
         ensure_study(storage, "study", {"mode": "min"})
         self.study = Study(storage, "study", SPACE, SamplerConfig(name="random"))
@@ -76,8 +77,7 @@ class Driver:
         self.tracker = Tracker(
             client, experiment_id, "study", TASK, tags, {"a": 1}, study_id=self.study.id
         )
-        rungs = Rungs(milestones, 2, "min")
-        self.conductor = Conductor(self.study, BASE, TASK, rungs, self.tracker, self.workplace)
+        self.conductor = Conductor(self.study, BASE, TASK, scheduler, self.tracker, self.workplace)
 
     def start(self) -> int:
         spec = self.conductor.next_trial()
@@ -96,7 +96,12 @@ class Driver:
     def save_checkpoint(self, number: int, *values: float) -> None:
         CheckpointStore(self.workplace.trial_folder(number)).save(
             {"weights": torch.zeros(1)},
-            {"step": 5 * len(values), "best_step": None, "reports": reports(*values)},
+            {
+                "step": 5 * len(values),
+                "epoch": len(values),
+                "best_step": None,
+                "reports": reports(*values),
+            },
         )
 
 
@@ -105,10 +110,16 @@ def driver(output_dir: Path) -> Iterator[Callable[..., Driver]]:
     """Opens the study as a new driver; one that was opened before is as good as dead."""
     opened: list[Driver] = []
 
-    def driver(target: int = 4, milestones: tuple[int, ...] = ()) -> Driver:
+    def driver(
+        target: int = 4,
+        milestones: tuple[int, ...] = (),
+        pauses: bool = False,
+        scheduler: Scheduler | None = None,
+    ) -> Driver:
         for dead in opened:
             dead.tracker.flush()
-        opened.append(Driver(output_dir, target, list(milestones)))
+        halving = Halving(list(milestones), 2, "min", pauses)
+        opened.append(Driver(output_dir, target, scheduler or halving))
         return opened[-1]
 
     yield driver
@@ -559,3 +570,114 @@ def test_progress_of_a_study_that_is_done_names_no_time(driver: Callable[..., Dr
     search = driver(target=1)
     search.tell(search.start(), 2.0, 1.5, 1.0, 1.0)
     assert search.conductor.progress() == "1/1 trials | 1 finished | best 1.0000 cross_entropy"
+
+
+# Pausing
+
+
+def test_a_paused_trial_goes_on_when_it_is_among_the_best(
+    driver: Callable[..., Driver], books: Callable[..., Any]
+) -> None:
+    search = driver(target=3, milestones=(1,), pauses=True)
+    a, b, c = search.start(), search.start(), search.start()
+    assert search.tell(a, 0.5)  # alone at its rung, without a place
+    assert search.conductor.next_trial() is None
+    assert not search.conductor.is_done
+    assert is_paused(search.study.trial(a))
+    search.tracker.flush()
+    tags = search.tracker.client.get_run(search.tracker.run_id(a)).data.tags
+    assert (tags["rum.state"], tags["rum.paused_after"]) == ("paused", "1")
+
+    assert search.tell(b, 0.7)
+    assert search.start() == a  # the best of two
+    search.tracker.flush()
+    assert not search.tell(a, 0.5, 0.4, 0.3, 0.2)  # the first epoch is known
+    assert search.tell(c, 0.6)
+    assert search.conductor.next_trial() is None  # nothing runs: the others end
+    assert search.conductor.is_done
+    trials, runs = books(search)
+    states = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
+    assert [trial.state for trial in trials] == states
+    assert trials[a].intermediate_values == {1: 0.5, 2: 0.4, 3: 0.3, 4: 0.2}
+    assert runs[b].data.tags["rum.reason"] == "not promoted: 0.7000 at rung 1"
+    assert runs[b].info.status == "KILLED"
+
+
+def test_a_paused_trial_outlives_its_driver(
+    driver: Callable[..., Driver], books: Callable[..., Any]
+) -> None:
+    first = driver(target=3, milestones=(1,), pauses=True)
+    a, b = first.start(), first.start()
+    assert first.tell(a, 0.4)
+    assert first.tell(b, 0.5)
+    assert first.start() == a
+    c = first.start()
+    second = driver(target=3, milestones=(1,), pauses=True)
+    assert [second.start(), second.start()] == [a, c]  # adopted; b still waits
+    assert second.conductor.next_trial() is None
+    second.tell(a, 0.4, 0.3, 0.2, 0.1)
+    second.tell(c, 0.9)
+    assert second.conductor.next_trial() is None
+    trials, _ = books(second)
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "PRUNED", "PRUNED"]
+
+
+def test_a_pause_that_was_noted_and_not_reported_is_judged_anew(
+    driver: Callable[..., Driver], books: Callable[..., Any]
+) -> None:
+    first = driver(target=1, milestones=(1,), pauses=True)
+    number = first.start()
+    first.study.note(number, PAUSED, 1)  # and here the driver dies
+    second = driver(target=1, milestones=(1,), pauses=True)
+    assert second.start() == number
+    assert second.tell(number, 0.5)
+    trials, _ = books(second)
+    assert is_paused(trials[number])
+
+
+def test_the_sampler_learns_from_paused_trials(driver: Callable[..., Driver]) -> None:
+    search = driver(target=2, milestones=(1,), pauses=True)
+    number = search.start()
+    search.start()
+    search.tell(number, 0.5)
+    shown = search.study._sampled.get_trials()
+    assert [trial.state for trial in shown] == [TrialState.PRUNED, TrialState.RUNNING]
+    assert shown[0].intermediate_values == {1: 0.5}
+    assert search.study.trial(number).state == TrialState.RUNNING
+
+
+# Population-based training
+
+
+def population() -> Population:
+    scheduler = Population(
+        "min", 1, 0, {"training.learning_rate": SPACE["training.learning_rate"]}
+    )
+    scheduler._space = SPACE  # this study's also has a size, which a copy would refuse to change
+    return scheduler
+
+
+def test_a_copy_of_the_best_takes_the_place_of_the_worst(driver: Callable[..., Driver]) -> None:
+    search = driver(target=4, scheduler=population())
+    numbers = [search.start() for _ in range(4)]
+    for number, value in zip(numbers, (0.1, 0.2, 0.3, 0.9), strict=True):
+        search.save_checkpoint(number, value)
+        assert search.tell(number, value)  # paused, and the last one replaced
+    assert search.study.target == 5
+    trials = search.study.trials()
+    assert [trial.state.name for trial in trials] == [*["RUNNING"] * 3, "PRUNED", "WAITING"]
+    origin = trials[4].user_attrs["rum.origin"]
+    assert (origin["trial"], origin["replaces"]) == (0, 3)
+    copied = read_checkpoint(Path(origin["checkpoint"]))
+    assert copied.description["reports"] == reports(0.1)
+
+    spec = search.conductor.next_trial()
+    assert spec is not None
+    assert spec.number == 4
+    was, now = (trials[0].params["training.learning_rate"], spec.parameters)
+    factor = now["training.learning_rate"] / was
+    assert factor == pytest.approx(0.8) or factor == pytest.approx(1.2)
+
+    again = driver(target=5, scheduler=population())  # the old one died: nothing is queued twice
+    assert again.study.target == 5
+    assert len(again.study.trials()) == 5
