@@ -28,6 +28,7 @@ from rum.tune.study import (
     ORIGIN,
     PAUSED,
     REASON,
+    RESUMED,
     RUNG,
     Study,
     TrialSpec,
@@ -95,10 +96,8 @@ class Conductor:
 
     def _end_stopped(self, trial: FrozenTrial) -> None:
         """Ends a trial that the scheduler had stopped just before its driver died."""
-        rung = trial.user_attrs[RUNG]
         self._study.adopt(trial)
-        reason = f"stopped by the scheduler: {trial.intermediate_values[rung]:.4f} at rung {rung}"
-        self._study.note(trial.number, REASON, reason)
+        self._study.note(trial.number, REASON, _why_stopped(trial))
         self._study.finish(trial.number, TrialState.PRUNED)
 
     def _catch_up(self) -> None:
@@ -139,9 +138,8 @@ class Conductor:
         if self._adopted:
             spec = self._taken_up(self._adopted.pop(0))
         elif (number := self._scheduler.promoted(self._paused, is_idle=is_idle)) is not None:
-            del self._paused[number]
             spec = self._taken_up(self._study.trial(number))
-            self._study.note(number, PAUSED, None)
+            self._study.note(number, RESUMED, self._paused.pop(number))
         elif not is_idle:
             self._asked += 1
             spec = self._study.ask()
@@ -171,11 +169,9 @@ class Conductor:
     def _end_paused(self) -> None:
         """Ends the trials that nothing can promote any more."""
         for number, epoch in sorted(self._paused.items()):
-            frozen = self._study.trial(number)
-            self._study.adopt(frozen)
+            self._study.adopt(self._study.trial(number))
             self._study.note(number, RUNG, epoch)
-            value = frozen.intermediate_values[epoch]
-            self._close(number, TrialState.PRUNED, f"not promoted: {value:.4f} at rung {epoch}")
+            self._close(number, TrialState.PRUNED, _why_stopped(self._study.trial(number)))
         self._paused.clear()
 
     def _start_run(
@@ -233,7 +229,7 @@ class Conductor:
                 self._tracker.end_trial(number, INTERRUPTED, tags)
                 return True
             if verdict is not Verdict.GO_ON:
-                reason = f"stopped by the scheduler: {value:.4f} at rung {epoch}"
+                reason = _why_stopped(self._study.trial(number))
                 self._end(number, TrialState.PRUNED, reason=reason, worker=message["worker"])
                 return True
         if status == messages.FINISHED:
@@ -335,6 +331,13 @@ class Conductor:
         typical = sum(ended) / len(ended) if ended else self._base.training.max_epochs
         begun = [max(0.0, typical - self._last_epoch[number]) for number in self._running]
         return sum(begun) + typical * (self.num_open - len(self._running))
+
+
+def _why_stopped(trial: FrozenTrial) -> str:
+    """The reason of a trial that ends at the rung which was noted."""
+    rung = trial.user_attrs[RUNG]
+    who = "not promoted" if is_paused(trial) else "stopped by the scheduler"
+    return f"{who}: {trial.intermediate_values[rung]:.4f} at rung {rung}"
 
 
 def _duration(seconds: float) -> str:

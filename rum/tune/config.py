@@ -90,6 +90,9 @@ class SearchOptions:
     """Share of a GPU of a trial; with training.device=cuda 0 counts as 1."""
     max_failures: int = 3
     """Times that a trial whose process died goes on from its last checkpoint."""
+    deterministic: bool = False
+    """Decide in an order that does not depend on how fast the workers are: the same study every
+    time, also after interruptions. Needs max_concurrent; trials may train beyond their end."""
     disk_reserve_gigabytes: float = 2.0
     """Start no search that would leave less than this free on the disk of `output_dir`."""
 
@@ -98,6 +101,11 @@ class SearchOptions:
         check_at_least("search.num_trials", self.num_trials, 1)
         if self.max_concurrent is not None:
             check_at_least("search.max_concurrent", self.max_concurrent, 1)
+        elif self.deterministic:
+            raise ConfigError(
+                "search.deterministic=true needs search.max_concurrent: which trial is decided on "
+                "first depends on how many run at a time"
+            )
         check_at_least("search.cpus_per_trial", self.cpus_per_trial, 1)
         if not 0.0 <= self.gpus_per_trial:
             raise ConfigError(f"search.gpus_per_trial must be >= 0, got {self.gpus_per_trial}")

@@ -101,7 +101,7 @@ def option_text(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str) and not value.replace("_", "").replace("-", "").isalnum():
+    if isinstance(value, str) and not re.fullmatch(r"[\w/-][\w/.-]*", value):
         # Hydra reads a backslash as itself unless a quote follows, the closing one included.
         last = "\\" * (len(value) - len(value.rstrip("\\")))
         escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)

@@ -11,6 +11,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from rum.tune.conductor import Conductor
+from rum.tune.logical_order import LogicalOrder
 
 TERMINAL_SECONDS = 0.5
 LOG_SECONDS = 10.0
@@ -26,7 +27,7 @@ class _NotPickled:
 class ConductedSearcher(_NotPickled, Searcher):
     """Hands out the conductor's trials, under their number in the study."""
 
-    def __init__(self, conductor: Conductor) -> None:
+    def __init__(self, conductor: Conductor | LogicalOrder) -> None:
         super().__init__(metric=None, mode=None)
         self._conductor = conductor
         self._numbers: dict[str, int] = {}
@@ -59,7 +60,7 @@ class ConductedSearcher(_NotPickled, Searcher):
 class ConductedScheduler(_NotPickled, FIFOScheduler):
     """Passes every message to the conductor and its decision back."""
 
-    def __init__(self, conductor: Conductor) -> None:
+    def __init__(self, conductor: Conductor | LogicalOrder) -> None:
         super().__init__()
         self._conductor = conductor
 

@@ -7,23 +7,82 @@ the study, so that none has a state of its own to save and a resumed study asks 
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna.samplers
+from optuna import Study
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
 
 from rum.errors import ConfigError
 from rum.parameters import nearest
 from rum.seeding import derive_seed
 from rum.tune.config import SAMPLERS, SamplerConfig
 
+_Space = dict[str, BaseDistribution]
+_Values = dict[str, Any]
 _PACKAGES = {"cmaes": ("cmaes",), "gp": ("scipy", "greenlet"), "qmc": ("scipy",)}
 
 
 def build_sampler(config: SamplerConfig, number: int) -> BaseSampler:
     """The sampler for trial `number`.
+
+    Raises:
+        ConfigError: If there is none of that name, or a package that it needs is missing.
+    """
+    return _SeedByOption(config, number)
+
+
+class _SeedByOption(BaseSampler):
+    """A sampler whose options have seeds of their own where they are drawn one by one.
+
+    What a driver had drawn of a trial when it died then does not matter to the rest.
+    """
+
+    def __init__(self, config: SamplerConfig, number: int) -> None:
+        self._config = config
+        self._number = number
+        self._joint = _build(config, number)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> _Space:
+        """What is drawn jointly."""
+        return self._joint.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: Study, trial: FrozenTrial, search_space: _Space) -> _Values:
+        """Draws it."""
+        return self._joint.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Draws one option."""
+        alone = _build(self._config, self._number, param_name)
+        return alone.sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """As the sampler does."""
+        self._joint.before_trial(study, trial)
+
+    def after_trial(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        """As the sampler does."""
+        self._joint.after_trial(study, trial, state, values)
+
+
+def _build(config: SamplerConfig, number: int, option: str = "") -> BaseSampler:
+    """Optuna's sampler for trial `number`, or for one of its options.
 
     Raises:
         ConfigError: If there is none of that name, or a package that it needs is missing.
@@ -36,7 +95,7 @@ def build_sampler(config: SamplerConfig, number: int) -> BaseSampler:
             f"sampler.name={config.name} needs the packages {', '.join(missing)}: "
             "pip install 'rum-torch[samplers]'"
         )
-    seed = derive_seed(config.seed, "sampler", number) % 2**32
+    seed = derive_seed(config.seed, "sampler", number, option) % 2**32
     startup = config.startup_trials
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna's word for "may change"

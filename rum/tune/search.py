@@ -30,6 +30,7 @@ from rum.tune.cluster import check_ray_address, concurrent, resources, running_r
 from rum.tune.conductor import Conductor
 from rum.tune.config import SearchConfig, output_folder
 from rum.tune.forecast import check_disk, forecast
+from rum.tune.logical_order import LogicalOrder
 from rum.tune.messages import Workplace
 from rum.tune.provenance import common_tags
 from rum.tune.ray_adapters import ConductedScheduler, ConductedSearcher, ProgressCallback
@@ -150,12 +151,15 @@ def _check_writable(folder: Path) -> None:
 def define(config: SearchConfig, task: Task) -> dict[str, Any]:
     """What makes a study's trials comparable: space, experiment, data and direction."""
     experiment = flatten({name: getattr(config, name) for name in ("model", "task", "training")})
-    return {
+    definition: dict[str, Any] = {
         "space": space_to_plain(config.space),
         "experiment": {k: v for k, v in experiment.items() if k not in _NOT_DEFINING},
         "data_checksum": task.checksum,
         "mode": task.mode,
     }
+    if config.search.deterministic:
+        definition["workers"] = config.search.max_concurrent
+    return definition
 
 
 def _default_name(config: SearchConfig, task: Task) -> str:
@@ -247,7 +251,9 @@ def conduct(
             conductor = Conductor(study, base, task, scheduler, tracker, workplace)
             if conductor.num_open:
                 with running_ray() as machine:
-                    _fit(config, conductor, workplace, folder, concurrent(config, machine))
+                    order = _order(config, conductor, study)
+                    at_a_time = concurrent(config, machine)
+                    _fit(config, conductor, order, workplace, folder, at_a_time)
             status = INTERRUPTED if conductor.num_open else FINISHED
             best = conductor.best
             if best is not None:
@@ -309,9 +315,18 @@ def _trial_name(trial: Any) -> str:
     return f"trial_{trial.config['number']:04d}_{trial.trial_id}"
 
 
+def _order(config: SearchConfig, conductor: Conductor, study: Study) -> Conductor | LogicalOrder:
+    """Who hands messages to the conductor: itself, as they come, or in logical order."""
+    workers = config.search.max_concurrent
+    if not config.search.deterministic or workers is None:
+        return conductor
+    return LogicalOrder(conductor, study, workers)
+
+
 def _fit(
     config: SearchConfig,
     conductor: Conductor,
+    order: Conductor | LogicalOrder,
     workplace: Workplace,
     folder: Path,
     concurrent: int,
@@ -324,8 +339,8 @@ def _fit(
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=ConductedSearcher(conductor),
-            scheduler=ConductedScheduler(conductor),
+            search_alg=ConductedSearcher(order),
+            scheduler=ConductedScheduler(order),
             num_samples=-1,  # until the searcher says that it has finished
             max_concurrent_trials=concurrent,
             reuse_actors=True,

@@ -30,7 +30,9 @@ TARGET = "rum.target"
 REASON = "rum.reason"
 RUNG = "rum.rung"
 PAUSED = "rum.paused"
-"""The epoch after which a trial waits; None once it went on."""
+"""The last epoch after which a trial was paused."""
+RESUMED = "rum.resumed"
+"""The last of these epochs from which it went on."""
 ORIGIN = "rum.origin"
 
 
@@ -250,7 +252,11 @@ class _PausedAsPruned:
 def is_paused(trial: FrozenTrial) -> bool:
     """Whether a trial waits to be gone on with."""
     epoch = trial.user_attrs.get(PAUSED)
-    return trial.state == TrialState.RUNNING and epoch in trial.intermediate_values
+    return (
+        trial.state == TrialState.RUNNING
+        and epoch in trial.intermediate_values
+        and epoch != trial.user_attrs.get(RESUMED)
+    )
 
 
 def is_sound(trial: FrozenTrial) -> bool:
