@@ -6,6 +6,7 @@ says what was decided. The running best goes to sampler and scheduler, the measu
 MLflow.
 """
 
+import json
 import logging
 import time
 from dataclasses import asdict
@@ -21,11 +22,13 @@ from rum.training.checkpoint import CheckpointStore
 from rum.training.loop import Report
 from rum.tune import messages
 from rum.tune.asha import Rungs
+from rum.tune.capsule import FILE as CAPSULE_FILE
+from rum.tune.capsule import make_capsule
 from rum.tune.messages import Workplace
 from rum.tune.provenance import trial_tags
 from rum.tune.space import apply
 from rum.tune.study import ORIGIN, REASON, RUNG, Study, TrialSpec, is_sound, run_status
-from rum.tune.tracking import INTERRUPTED, Tracker, ended
+from rum.tune.tracking import ATTRIBUTES_TAG, INTERRUPTED, PARAMETERS_TAG, Tracker, ended
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ class Conductor:
         self._study = study
         self._base = base
         self._key = f"validation/best_{task.metric}"
+        self._task = task
         self._metric = task.metric
         self._rungs = rungs
         self._tracker = tracker
@@ -140,6 +144,8 @@ class Conductor:
         tags = trial_tags(experiment)
         if origin:
             tags |= {f"rum.origin_{key}": str(value) for key, value in origin.items()}
+        attributes = {ORIGIN: origin} if origin else {}
+        tags |= {PARAMETERS_TAG: json.dumps(parameters), ATTRIBUTES_TAG: json.dumps(attributes)}
         plain = {name: asdict(getattr(experiment, name)) for name in ("model", "task", "training")}
         self._tracker.start_trial(
             number,
@@ -149,6 +155,8 @@ class Conductor:
             parent_id=origin["run_id"] if origin else None,
             began=self._study.trial(number).datetime_start,
         )
+        capsule = make_capsule(experiment, self._task, origin)
+        self._tracker.log_text_once(number, json.dumps(capsule, indent=1), CAPSULE_FILE)
 
     # What goes on
 
@@ -205,7 +213,8 @@ class Conductor:
 
     def _end_run(self, trial: FrozenTrial, worker: dict[str, Any] | None = None) -> None:
         reason = str(trial.user_attrs.get(REASON, ""))
-        tags = {"rum.state": trial.state.name}
+        attributes = {k: v for k, v in trial.user_attrs.items() if k != REASON}
+        tags = {"rum.state": trial.state.name, ATTRIBUTES_TAG: json.dumps(attributes)}
         if reason:
             tags["rum.reason"] = reason
         if trial.user_attrs.get(RUNG) is not None:
