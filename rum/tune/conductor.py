@@ -28,7 +28,14 @@ from rum.tune.messages import Workplace
 from rum.tune.provenance import trial_tags
 from rum.tune.space import apply
 from rum.tune.study import ORIGIN, REASON, RUNG, Study, TrialSpec, is_sound, run_status
-from rum.tune.tracking import ATTRIBUTES_TAG, INTERRUPTED, PARAMETERS_TAG, Tracker, ended
+from rum.tune.tracking import (
+    ATTRIBUTES_TAG,
+    INTERRUPTED,
+    PARAMETERS_TAG,
+    SEQUENCE_TAG,
+    Tracker,
+    ended,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +153,8 @@ class Conductor:
             tags |= {f"rum.origin_{key}": str(value) for key, value in origin.items()}
         attributes = {ORIGIN: origin} if origin else {}
         tags |= {PARAMETERS_TAG: json.dumps(parameters), ATTRIBUTES_TAG: json.dumps(attributes)}
+        if self._study.sequence:
+            tags[SEQUENCE_TAG] = json.dumps(self._study.sequence)
         plain = {name: asdict(getattr(experiment, name)) for name in ("model", "task", "training")}
         self._tracker.start_trial(
             number,

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from rum.tune.tracking import (
     FINISHED,
     KILLED,
     PARAMETERS_TAG,
+    SEQUENCE_TAG,
     STUDY_ID_TAG,
     TARGET_TAG,
     read_text,
@@ -38,6 +40,7 @@ class RecordedStudy:
     id: str
     target: int
     definition: dict[str, Any]
+    sequence: dict[str, int]
     trials: list[FrozenTrial]
     """From number 0 on, without a gap: one that MLflow does not have waits to be run."""
     missing: list[int]
@@ -90,11 +93,12 @@ def read_study(
             "Nothing was changed. Give the settings that it was made with"
         )
     space = {option: Domain(**domain) for option, domain in recorded["space"].items()}
-    by_number = {
-        number: _trial(run, number, space, client)
+    own = {
+        number: run
         for number, run in runs
         if number is not None and run.data.tags[STUDY_ID_TAG] == study_id
     }
+    by_number = {number: _trial(run, number, space, client) for number, run in own.items()}
     numbers = range(max(by_number, default=-1) + 1)
     missing = [number for number in numbers if number not in by_number]
     if missing and any(ORIGIN in trial.user_attrs for trial in by_number.values()):
@@ -108,6 +112,7 @@ def read_study(
         id=study_id,
         target=int(parent.data.tags.get(TARGET_TAG, len(numbers))),
         definition=recorded,
+        sequence=_sequence(own.values()),
         trials=[by_number.get(number, waiting) for number in numbers],
         missing=missing,
     )
@@ -119,7 +124,15 @@ def rebuild(storage: optuna.storages.RDBStorage, study: RecordedStudy) -> str:
     Returns:
         What was rebuilt, for the user.
     """
-    add_study(storage, study.name, study.id, study.target, study.definition, study.trials)
+    add_study(
+        storage,
+        study.name,
+        study.id,
+        study.target,
+        study.definition,
+        study.sequence,
+        study.trials,
+    )
     counts = Counter(trial.state.name for trial in study.trials)
     states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     text = f"Study {study.name} is rebuilt from MLflow: {len(study.trials)} trials ({states})"
@@ -159,6 +172,15 @@ def _trial(run: Run, number: int, space: dict[str, Domain], client: MlflowClient
     trial.datetime_start = _time(run.info.start_time)
     trial.datetime_complete = _time(run.info.end_time) if ended else None
     return trial
+
+
+def _sequence(runs: Iterable[Run]) -> dict[str, int]:
+    """How far the latest trial had taken the sampler's sequence."""
+    latest: dict[str, int] = {}
+    for run in runs:
+        for key, value in json.loads(run.data.tags.get(SEQUENCE_TAG, "{}")).items():
+            latest[key] = max(value, latest.get(key, value))
+    return latest
 
 
 def _state(run: Run, curve: dict[int, float]) -> TrialState:

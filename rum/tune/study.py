@@ -164,6 +164,12 @@ class Study:
         definition: dict[str, Any] = self._study.user_attrs[DEFINITION]
         return definition
 
+    @property
+    def sequence(self) -> dict[str, int]:
+        """Points taken of the sequence of sampler "qmc", under Optuna's own keys."""
+        attributes = self._study._storage.get_study_system_attrs(self._study._study_id)
+        return {key: value for key, value in attributes.items() if key.startswith("qmc:")}
+
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """All trials, or those in some states."""
         return self._study.get_trials(deepcopy=False, states=states or None)
@@ -268,6 +274,7 @@ def add_study(
     study_id: str,
     target: int,
     definition: dict[str, Any],
+    sequence: dict[str, int],
     trials: list[FrozenTrial],
 ) -> None:
     """Makes a study that has trials already; whole at its end, or half made and not listed.
@@ -278,6 +285,7 @@ def add_study(
         study_id: Its `Study.id`.
         target: Its `Study.target`.
         definition: Its `Study.definition`.
+        sequence: Its `Study.sequence`.
         trials: From number 0 on, without a gap.
     """
     if name in optuna.get_all_study_names(storage):
@@ -287,6 +295,8 @@ def add_study(
         study_name=name, storage=storage, direction=_direction(definition["mode"])
     )
     study.add_trials(trials)
+    for key, value in sequence.items():
+        storage.set_study_system_attr(study._study_id, key, value)
     _complete(study, study_id, target, definition)
 
 

@@ -33,7 +33,7 @@ from rum.tune.config import (
 from rum.tune.messages import CRASHED, DIVERGED, FINISHED, RUNNING, Workplace
 from rum.tune.rebuild import RecordedStudy, read_study, rebuild
 from rum.tune.search import run_search
-from rum.tune.space import space_to_plain
+from rum.tune.space import Space, space_to_plain
 from rum.tune.study import Study, ensure_study, open_storage, study_names
 from rum.tune.tracking import (
     DEFINITION_FILE,
@@ -60,6 +60,7 @@ BASE = ExperimentConfig(
     training=TrainingConfig(max_epochs=4),
 )
 TASK = BASE.task.load(seed=0)
+TPE = SamplerConfig(name="tpe")
 DEFINITION = {"space": space_to_plain(SPACE), "mode": "min", "experiment": {"a": 1}}
 BEST = "validation/best_cross_entropy"
 WORKER = {"host": "elsewhere", "device": "cpu", "pid": 123}
@@ -68,17 +69,20 @@ WORKER = {"host": "elsewhere", "device": "cpu", "pid": 123}
 class Driver:
     """A conductor with its books, told by hand what its trials do."""
 
-    def __init__(self, output_dir: Path) -> None:
+    def __init__(
+        self, output_dir: Path, sampler: SamplerConfig = TPE, space: Space = SPACE
+    ) -> None:
+        self.definition = {**DEFINITION, "space": space_to_plain(space)}
         self.storage = open_storage(output_dir)
-        ensure_study(self.storage, "mine", DEFINITION)
-        self.study = Study(self.storage, "mine", SPACE, SamplerConfig(name="tpe"))
+        ensure_study(self.storage, "mine", self.definition)
+        self.study = Study(self.storage, "mine", space, sampler)
         self.study.target = 8
         client, experiment_id = connect(TrackingConfig(), output_dir)
         tags = {"rum.metric": TASK.metric}
         self.tracker = Tracker(
             client, experiment_id, "mine", TASK, tags, {"a": 1}, study_id=self.study.id
         )
-        self.tracker.log_text(json.dumps(DEFINITION), DEFINITION_FILE)
+        self.tracker.log_text(json.dumps(self.definition), DEFINITION_FILE)
         self.tracker.tag_study(TARGET_TAG, str(self.study.target))
         workplace = Workplace(dataclasses.asdict(BASE), str(output_dir / "mine"), None)
         rungs = Rungs([2], 2, "min")
@@ -172,18 +176,24 @@ def test_every_kind_of_trial_is_rebuilt(driver: Driver, output_dir: Path) -> Non
     assert agrees, text
 
 
+@pytest.mark.parametrize("name", ["random", "tpe", "qmc"])
 def test_the_rebuilt_study_asks_what_the_lost_one_would_have(
-    driver: Driver, output_dir: Path, tmp_path: Path
+    name: str, output_dir: Path, tmp_path: Path
 ) -> None:
-    driver.tracker.flush()
-    recorded = read(output_dir)
+    sampler = SamplerConfig(name=name, startup_trials=1)
+    space = {"training.learning_rate": SPACE["training.learning_rate"]}
+    driver = Driver(output_dir, sampler, space)
+    for number in range(4):
+        driver.start()
+        driver.tell(number, 0.4, 0.3, 0.3, 0.2 + number / 100)
+    driver.tracker.close(INTERRUPTED)
     storage = open_storage(tmp_path / "elsewhere")
-    rebuild(storage, recorded)
-    sampler = SamplerConfig(name="tpe", startup_trials=1)
-    asked = [
-        Study(each, "mine", SPACE, sampler).ask().parameters for each in (storage, driver.storage)
-    ]
-    assert asked[0] == asked[1]
+    rebuild(storage, read(output_dir, driver.definition))
+    studies = [Study(each, "mine", space, sampler) for each in (storage, driver.storage)]
+    rebuilt, lost = ([study.ask().parameters for _ in range(2)] for study in studies)
+    assert rebuilt == lost
+    earlier = [trial.params for trial in studies[0].trials()[:4]]
+    assert all(parameters not in earlier for parameters in rebuilt)
 
 
 def test_what_was_running_goes_on_and_the_rest_follows(driver: Driver, output_dir: Path) -> None:
