@@ -14,6 +14,7 @@ from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from rum.errors import StudyError
+from rum.parameters import nearest
 from rum.tune.config import Domain
 from rum.tune.space import differences, distribution
 from rum.tune.study import ORIGIN, REASON, add_study
@@ -26,6 +27,7 @@ from rum.tune.tracking import (
     PARAMETERS_TAG,
     SEQUENCE_TAG,
     STUDY_ID_TAG,
+    STUDY_TAG,
     TARGET_TAG,
     read_text,
     study_runs,
@@ -74,10 +76,12 @@ def read_study(
     runs = list(study_runs(client, experiment_id, name))
     parents = {run.data.tags[STUDY_ID_TAG]: run for number, run in runs if number is None}
     if not parents:
+        known = client.search_runs([experiment_id], f"tags.`{TARGET_TAG}` != ''")
+        names = sorted({run.data.tags[STUDY_TAG] for run in known})
         raise StudyError(
-            f"resume=from_mlflow, but MLflow has no study {name!r} in this experiment. Give the "
-            "options that it was started with, or study=..., tracking.uri=..., "
-            "tracking.experiment=..."
+            f"resume=from_mlflow, but MLflow has no study {name!r}{nearest(name, names)}. Studies "
+            f"in this experiment: {', '.join(names) or 'none'}. Give the options that it was "
+            "started with, or study=..., tracking.uri=..., tracking.experiment=..."
         )
     marker = folder / "study_id"
     owner = marker.read_text() if marker.exists() else ""
