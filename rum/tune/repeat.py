@@ -56,8 +56,10 @@ def repeat(config: TrainConfig, run_id: str, write: Callable[[str], None]) -> No
     config = _config_of(config, run_id, capsule)
     write(f"Repeating run {run_id} ({run.info.run_name}), level: {capsule['level']}")
     different = _differences(config, capsule)
-    for line in different or ["nothing: versions, code, data and machine are the same"]:
+    for line in different:
         write(f"  differs now: {line}")
+    if not different:
+        write("  versions, code, data and machine are what they were")
     origin = _origin(run_id, capsule)
     recorded = _recorded_curves(client, run)
     diverged = None

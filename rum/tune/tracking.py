@@ -30,6 +30,7 @@ from rum.tune.provenance import option_text
 CONNECT_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for every small file
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # says how it makes tables
 
 STUDY_TAG = "rum.study"
