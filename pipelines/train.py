@@ -7,15 +7,14 @@ import hydra
 from omegaconf import DictConfig
 
 from rum.configs import reported_errors, run_pipeline, to_config
-from rum.train import train
-from rum.tune.recorder import epoch_recorder
+from rum.tune.recorder import train_or_repeat
 
 
 @hydra.main(version_base="1.3", config_path="../search_spaces", config_name="train")
 def main(cfg: DictConfig) -> None:
     """Composes, trains, prints."""
     with reported_errors():
-        train(to_config(cfg), print, epoch_recorder)
+        train_or_repeat(to_config(cfg), print)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ def to_config(cfg: DictConfig) -> Any:
         cfg.command = shlex.join(["python", *map(_without_secret, sys.argv)])
     _check_names(cfg, "")
     _check_not_searched(cfg)
+    if cfg.get("from_run") is not None:
+        _check_repeats_unchanged()
     if "profile" in cfg:
         _check_profile(cfg)
         cfg.setting.changes = _changes_of_setting(cfg)
@@ -78,6 +80,18 @@ def _check_not_searched(cfg: DictConfig) -> None:
                     f"{name} is searched, so {override.input_line} would have no effect. Fix it "
                     f"in the space: 'space={{{name}: {{{fixed}}}}}'"
                 )
+
+
+def _check_repeats_unchanged() -> None:
+    """Refuses options of the experiment where a recorded run is to be repeated with its own."""
+    overrides = list(HydraConfig.get().overrides.task)
+    for override in OverridesParser.create().parse_overrides(overrides):
+        section = re.split(r"[.@]", override.key_or_group)[0]
+        if section in ("model", "task", "training", "experiment", "profile", "setting"):
+            raise ConfigError(
+                f"from_run repeats a recorded run with its own model, task and training, got "
+                f"{override.input_line} beside it: leave one of the two out"
+            )
 
 
 def _experiment_options(cfg: DictConfig) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def run_experiment(
     *,
     on_step: Callable[[int, int], None] = lambda step, total: None,
     begin_from: Checkpoint | None = None,
+    last_epoch: int | None = None,
 ) -> Progress:
     """Trains, from the last checkpoint in `folder` if there is one.
 
@@ -93,6 +94,7 @@ def run_experiment(
         report: Called after each epoch.
         on_step: Called after each update with its number in the epoch and their count.
         begin_from: Checkpoint of another run to go on from where `folder` has none.
+        last_epoch: Where to stop before `max_epochs`, which the schedule still goes by.
 
     Raises:
         DivergedError: If loss or gradient norm is not finite.
@@ -116,7 +118,7 @@ def run_experiment(
         # The origin keeps its reports and its best weights: here both begin afresh.
         origin = trainer.progress
         trainer.progress = Progress(step=origin.step, before=[*origin.before, *origin.reports])
-    return trainer.run(report, on_step)
+    return trainer.run(report, on_step, last_epoch)
 
 
 def describe(config: ExperimentConfig, task: Task) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class TrainConfig(ExperimentConfig, PublishedConfig):
     """Say the parameter count and the baselines, then stop."""
     resume: str = "no"
     """"no", or "yes": go on from the run's last checkpoint."""
+    from_run: str | None = None
+    """Id of a recorded run to repeat, with its own model, task and training (needs MLflow)."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
@@ -82,13 +84,22 @@ Recorder = Callable[["TrainConfig"], AbstractContextManager[Callable[[Report], N
 """Opens, for a run that is about to start, what takes each epoch's report."""
 
 
-def train(config: TrainConfig, write: Callable[[str], None], recorder: Recorder) -> Progress:
+def train(
+    config: TrainConfig,
+    write: Callable[[str], None],
+    recorder: Recorder,
+    *,
+    begin_from: Checkpoint | None = None,
+    last_epoch: int | None = None,
+) -> Progress:
     """Trains one model, or with `dry_run` says how large it would be.
 
     Args:
         config: The run.
         write: Takes lines for the user.
         recorder: Entered when all is checked.
+        begin_from: Checkpoint of another run to go on from where this one has none.
+        last_epoch: Where to stop before `max_epochs`, which the schedule still goes by.
 
     Raises:
         ConfigError: If the run exists and `resume` is "no", or does not exist and it is "yes",
@@ -128,7 +139,15 @@ def train(config: TrainConfig, write: Callable[[str], None], recorder: Recorder)
             record(metrics)
             show(metrics)
 
-        progress = run_experiment(config, task, folder, report, on_step=line.show)
+        progress = run_experiment(
+            config,
+            task,
+            folder,
+            report,
+            on_step=line.show,
+            begin_from=begin_from,
+            last_epoch=last_epoch,
+        )
     write(f"best validation {task.metric}: {progress.best_value:.4f}; checkpoints in {folder}")
     return progress
 

@@ -360,13 +360,17 @@ def test_training_needs_neither_ray_nor_optuna_nor_mlflow(
     assert epochs(done.stdout) == epochs(first_run[1].stdout)  # and computes the same
 
 
-def test_tracking_without_mlflow_says_what_to_install(
-    without_platform: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "needs"),
+    [((*TINY, "tracking=mlflow"), "tracking=mlflow"), (("from_run=abc",), "from_run")],
+)
+def test_what_needs_mlflow_says_what_to_install(
+    options: tuple[str, ...], needs: str, without_platform: str, tmp_path: Path
 ) -> None:
     (tmp_path / "cwd").mkdir()
-    done = pipeline(tmp_path / "cwd", *TINY, "tracking=mlflow", PYTHONPATH=without_platform)
+    done = pipeline(tmp_path / "cwd", *options, PYTHONPATH=without_platform)
 
-    assert_user_error(done, "'mlflow': install rum-torch[tune]")
+    assert_user_error(done, f"{needs} needs the package 'mlflow': install rum-torch[tune]")
     assert everything_below(tmp_path / "cwd") == []
 
 

@@ -90,18 +90,21 @@ class Trainer:
         self,
         report: Callable[[Report], None],
         on_step: Callable[[int, int], None] = lambda step, total: None,
+        last_epoch: int | None = None,
     ) -> Progress:
         """Trains until `max_epochs` epochs are done.
 
         Args:
             report: Called after each epoch, when its checkpoint is on disk.
             on_step: Called after each update with its number in the epoch and their count.
+            last_epoch: Where to stop before `max_epochs`, which the schedule still goes by.
 
         Raises:
             DivergedError: If loss or gradient norm is not finite.
         """
         steps_per_epoch = self.task.steps_per_epoch
-        total_steps = self.config.max_epochs * steps_per_epoch
+        epochs = self.config.max_epochs if last_epoch is None else last_epoch
+        total_steps = epochs * steps_per_epoch
         began = last_saved = time.monotonic()
         while self.progress.step < total_steps:
             self._update()

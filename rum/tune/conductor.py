@@ -6,6 +6,7 @@ says what was decided. The running best goes to sampler and scheduler, the measu
 MLflow.
 """
 
+import json
 import logging
 import time
 from dataclasses import asdict
@@ -20,6 +21,8 @@ from rum.tasks import Task
 from rum.training.checkpoint import CheckpointStore
 from rum.training.loop import Report
 from rum.tune import messages
+from rum.tune.capsule import FILE as CAPSULE_FILE
+from rum.tune.capsule import make_capsule
 from rum.tune.messages import Workplace
 from rum.tune.provenance import trial_tags
 from rum.tune.schedulers import Population, Scheduler, Verdict
@@ -37,7 +40,14 @@ from rum.tune.study import (
     run_status,
 )
 from rum.tune.succession import enqueue_successor
-from rum.tune.tracking import INTERRUPTED, Tracker, ended
+from rum.tune.tracking import (
+    ATTRIBUTES_TAG,
+    INTERRUPTED,
+    PARAMETERS_TAG,
+    SEQUENCE_TAG,
+    Tracker,
+    ended,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +77,7 @@ class Conductor:
         self._study = study
         self._base = base
         self._key = f"validation/best_{task.metric}"
+        self._task = task
         self._metric = task.metric
         self._scheduler = scheduler
         self._tracker = tracker
@@ -181,6 +192,10 @@ class Conductor:
         tags = trial_tags(experiment)
         if origin:
             tags |= {f"rum.origin_{key}": str(value) for key, value in origin.items()}
+        attributes = {ORIGIN: origin} if origin else {}
+        tags |= {PARAMETERS_TAG: json.dumps(parameters), ATTRIBUTES_TAG: json.dumps(attributes)}
+        if self._study.sequence:
+            tags[SEQUENCE_TAG] = json.dumps(self._study.sequence)
         plain = {name: asdict(getattr(experiment, name)) for name in ("model", "task", "training")}
         self._tracker.start_trial(
             number,
@@ -190,6 +205,8 @@ class Conductor:
             parent_id=origin.get("run_id") if origin else None,
             began=self._study.trial(number).datetime_start,
         )
+        capsule = make_capsule(experiment, self._task, origin)
+        self._tracker.log_text_once(number, json.dumps(capsule, indent=1), CAPSULE_FILE)
 
     # What goes on
 
@@ -279,7 +296,8 @@ class Conductor:
 
     def _end_run(self, trial: FrozenTrial, worker: dict[str, Any] | None = None) -> None:
         reason = str(trial.user_attrs.get(REASON, ""))
-        tags = {"rum.state": trial.state.name}
+        attributes = {k: v for k, v in trial.user_attrs.items() if k != REASON}
+        tags = {"rum.state": trial.state.name, ATTRIBUTES_TAG: json.dumps(attributes)}
         if reason:
             tags["rum.reason"] = reason
         if trial.user_attrs.get(RUNG) is not None:

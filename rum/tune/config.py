@@ -132,7 +132,8 @@ class SearchConfig(ExperimentConfig, PublishedConfig):
     """What to do with an existing study of the same space: "extend" it by search.num_trials,
     make a "new" one beside it, or "error"."""
     resume: str = "no"
-    """"yes": go on with an interrupted study (or extend a finished one)."""
+    """"yes": go on with an interrupted study (or extend a finished one); "from_mlflow": rebuild
+    a study whose database was lost from MLflow, then go on with it."""
     preset: str = "full"
     """The `preset` option in force; part of the default name of the study."""
     dry_run: bool = False
@@ -149,7 +150,7 @@ class SearchConfig(ExperimentConfig, PublishedConfig):
         if self.study is not None:
             check_file_name("study", self.study)
         check_choice("study_exists", self.study_exists, ("error", "extend", "new"))
-        check_choice("resume", self.resume, ("no", "yes"))
+        check_choice("resume", self.resume, ("no", "yes", "from_mlflow"))
         if self.tracking.name != "mlflow":
             raise ConfigError(
                 f"a search is recorded: tracking must be mlflow, got {self.tracking.name}"

@@ -30,38 +30,49 @@ def common_tags(task: Task, task_name: str) -> dict[str, str]:
         "mlflow.user": getpass.getuser(),
         "mlflow.source.name": Path(sys.argv[0]).name,
         "mlflow.source.type": "LOCAL",
-        **_versions(),
-        **_commit(),
+        **{f"rum.{name}": text for name, text in versions().items()},
+        **_commit_tags(),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of this package, of Python, and of what both run on."""
     packages = ("torch", "ray", "optuna", "mlflow", "hydra-core")
     return {
-        "rum.version": rum.__version__,
-        "rum.python": platform.python_version(),
-        **{f"rum.{name}": version(name) for name in packages},
+        "version": rum.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
     }
 
 
-def _commit() -> dict[str, str]:
-    """The commit of this package's checkout; nothing where it is not in one."""
-    folder = Path(rum.__file__).parent
+def git(*arguments: str) -> str | None:
+    """What git says in the checkout of this package; None where it fails or is not there."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=Path(rum.__file__).parent,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
-            )
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git("rev-parse", "HEAD")
-    if commit is None or git("ls-files", "--error-unmatch", "__init__.py") is None:
+def commit() -> str | None:
+    """The commit of this package's checkout; None where it is not in one."""
+    is_tracked = git("ls-files", "--error-unmatch", "__init__.py") is not None
+    return git("rev-parse", "HEAD") if is_tracked else None
+
+
+def _commit_tags() -> dict[str, str]:
+    at = commit()
+    if at is None:
         return {}
     dirty = bool(git("status", "--porcelain", "--", ":/"))
-    return {"mlflow.source.git.commit": commit, "rum.git_dirty": str(dirty).lower()}
+    return {"mlflow.source.git.commit": at, "rum.git_dirty": str(dirty).lower()}
 
 
 def trial_tags(experiment: ExperimentConfig) -> dict[str, str]:

@@ -34,6 +34,7 @@ from rum.tune.logical_order import LogicalOrder
 from rum.tune.messages import Workplace
 from rum.tune.provenance import common_tags
 from rum.tune.ray_adapters import ConductedScheduler, ConductedSearcher, ProgressCallback
+from rum.tune.rebuild import read_study, rebuild
 from rum.tune.registry import register
 from rum.tune.results import best_trials, failures, next_commands, resume_command
 from rum.tune.schedulers import build_scheduler
@@ -49,7 +50,14 @@ from rum.tune.study import (
     study_names,
 )
 from rum.tune.terminal import say
-from rum.tune.tracking import FINISHED, INTERRUPTED, Tracker, connect
+from rum.tune.tracking import (
+    DEFINITION_FILE,
+    FINISHED,
+    INTERRUPTED,
+    TARGET_TAG,
+    Tracker,
+    connect,
+)
 from rum.tune.trial import run_trial
 
 # Options that may differ between the drivers of one study: they do not change what is computed.
@@ -92,7 +100,7 @@ def run_search(config: SearchConfig) -> str:
         return "Dry run: nothing was started."
 
     folders = output_dir / "studies"
-    if config.resume == "yes" or config.study_exists != "new":
+    if config.resume != "no" or config.study_exists != "new":
         # Before any database: the other driver may have been stopped while it was writing to one.
         check_unlocked(folders / _default_name(config, task))
     client, experiment_id = connect(config.tracking, output_dir)
@@ -100,6 +108,9 @@ def run_search(config: SearchConfig) -> str:
     definition = define(config, task)
     name = _study_name(config, task, storage)
     with locked(folders / name):
+        if config.resume == "from_mlflow":
+            recorded = read_study(client, experiment_id, name, definition, folders / name)
+            say(rebuild(storage, recorded))
         ensure_study(storage, name, definition)
         study = Study(storage, name, config.space, config.sampler)
         check_definition(study, definition)
@@ -177,6 +188,12 @@ def _study_name(config: SearchConfig, task: Task, storage: RDBStorage) -> str:
             f"Studies in {output_folder(config.output_dir)}: {known}. Give the options that it "
             "was started with, or study=..."
         )
+    if config.resume == "from_mlflow" and name in existing:
+        raise StudyError(
+            f"resume=from_mlflow, but study {name!r} is there, in "
+            f"{output_folder(config.output_dir) / 'optuna.db'}: nothing was changed; resume=yes "
+            "goes on with it"
+        )
     if config.resume == "no" and name in existing:
         if config.study_exists == "error":
             raise StudyError(f"study {name!r} exists and study_exists=error")
@@ -196,6 +213,8 @@ def _set_target(study: Study, config: SearchConfig) -> str:
     if before == 0:
         study.target = asked
         return f"Study {study.name}: {asked} trials."
+    if config.resume == "from_mlflow":
+        return f"Study {study.name} goes on: {ended} of {before} trials have ended."
     if config.resume == "yes" and not (ended >= before and study.is_concluded):
         study.target = max(before, asked)
         return f"Study {study.name} goes on: {ended} of {study.target} trials have ended."
@@ -242,7 +261,8 @@ def conduct(
         ),
         study_id=study.id,
     )
-    tracker.log_text(json.dumps(study.definition, indent=1), "definition.json")
+    tracker.log_text(json.dumps(study.definition, indent=1), DEFINITION_FILE)
+    tracker.tag_study(TARGET_TAG, str(study.target))
     status = INTERRUPTED
     conductor = None
     try:

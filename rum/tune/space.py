@@ -123,6 +123,18 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
     return values
 
 
+def distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
+    """Optuna's distribution of a domain, the one that `suggest` samples from."""
+    if domain.choices is not None:
+        return optuna.distributions.CategoricalDistribution(domain.choices)
+    low, high = _extremes(domain)
+    if domain.type == "int":
+        return optuna.distributions.IntDistribution(
+            low, high, log=domain.log, step=int(domain.step or 1)
+        )
+    return optuna.distributions.FloatDistribution(low, high, log=domain.log, step=domain.step)
+
+
 def apply(base: _Config, parameters: Mapping[str, Any]) -> _Config:
     """The experiment of a trial."""
     return replace(base, parameters)

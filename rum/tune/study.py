@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rum.errors import StudyError
 from rum.tune.config import SamplerConfig
+from rum.tune.database import prepare_database
 from rum.tune.samplers import build_sampler
 from rum.tune.space import Space, differences, suggest
 
@@ -40,15 +41,16 @@ def open_storage(output_dir: Path) -> optuna.storages.RDBStorage:
     """Opens (or makes) the SQLite file that holds all studies below `output_dir`.
 
     Raises:
-        StudyError: If it cannot be opened.
+        StudyError: If it cannot be opened or is damaged; nothing is overwritten then.
     """
-    url = f"sqlite:///{output_dir / 'optuna.db'}"
+    path = output_dir / "optuna.db"
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with (output_dir / "optuna.lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # two drivers that make the tables disturb each other
+            prepare_database(path)
             storage = optuna.storages.RDBStorage(
-                url, engine_kwargs={"connect_args": {"timeout": 30}}
+                f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 30}}
             )
         # Write-ahead log: a commit survives the death of any process without waiting for the disk.
         sqlalchemy.event.listen(storage.engine, "connect", _use_write_ahead_log)
@@ -170,6 +172,12 @@ class Study:
         definition: dict[str, Any] = self._study.user_attrs[DEFINITION]
         return definition
 
+    @property
+    def sequence(self) -> dict[str, int]:
+        """Points taken of the sequence of sampler "qmc", under Optuna's own keys."""
+        attributes = self._study._storage.get_study_system_attrs(self._study._study_id)
+        return {key: value for key, value in attributes.items() if key.startswith("qmc:")}
+
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         """All trials, or those in some states."""
         return self._study.get_trials(deepcopy=False, states=states or None)
@@ -274,23 +282,79 @@ def run_status(trial: FrozenTrial) -> str:
 
 
 def study_names(storage: optuna.storages.RDBStorage) -> list[str]:
-    """All studies in a storage."""
-    return sorted(optuna.get_all_study_names(storage))
+    """All studies in a storage but those that were only half made."""
+    return [
+        name for name in sorted(optuna.get_all_study_names(storage)) if _is_whole(storage, name)
+    ]
+
+
+def _is_whole(storage: optuna.storages.RDBStorage, name: str) -> bool:
+    return DEFINITION in optuna.load_study(study_name=name, storage=storage).user_attrs
 
 
 def ensure_study(
     storage: optuna.storages.RDBStorage, name: str, definition: dict[str, Any]
 ) -> None:
-    """Makes an empty study unless it is there, also one that was only half made."""
-    directions = optuna.study.StudyDirection
-    direction = directions.MINIMIZE if definition["mode"] == "min" else directions.MAXIMIZE
+    """Makes an empty study unless it is there, also one that was only half made.
+
+    Raises:
+        StudyError: If it is one that was only half rebuilt.
+    """
     study = optuna.create_study(
-        study_name=name, storage=storage, direction=direction, load_if_exists=True
+        study_name=name,
+        storage=storage,
+        direction=_direction(definition["mode"]),
+        load_if_exists=True,
     )
     if DEFINITION not in study.user_attrs:
-        study.set_user_attr(ID, uuid.uuid4().hex)
-        study.set_user_attr(TARGET, 0)
-        study.set_user_attr(DEFINITION, definition)
+        if study.get_trials(deepcopy=False):
+            raise StudyError(
+                f"study {name} was only half rebuilt: repeat the command with resume=from_mlflow"
+            )
+        _complete(study, uuid.uuid4().hex, 0, definition)
+
+
+def add_study(
+    storage: optuna.storages.RDBStorage,
+    name: str,
+    study_id: str,
+    target: int,
+    definition: dict[str, Any],
+    sequence: dict[str, int],
+    trials: list[FrozenTrial],
+) -> None:
+    """Makes a study that has trials already; whole at its end, or half made and not listed.
+
+    Args:
+        storage: From `open_storage`; the study may be there half made, not whole.
+        name: Of the study.
+        study_id: Its `Study.id`.
+        target: Its `Study.target`.
+        definition: Its `Study.definition`.
+        sequence: Its `Study.sequence`.
+        trials: From number 0 on, without a gap.
+    """
+    if name in optuna.get_all_study_names(storage):
+        assert not _is_whole(storage, name), f"study {name} exists"
+        optuna.delete_study(study_name=name, storage=storage)
+    study = optuna.create_study(
+        study_name=name, storage=storage, direction=_direction(definition["mode"])
+    )
+    study.add_trials(trials)
+    for key, value in sequence.items():
+        storage.set_study_system_attr(study._study_id, key, value)
+    _complete(study, study_id, target, definition)
+
+
+def _direction(mode: str) -> optuna.study.StudyDirection:
+    directions = optuna.study.StudyDirection
+    return directions.MINIMIZE if mode == "min" else directions.MAXIMIZE
+
+
+def _complete(study: optuna.Study, study_id: str, target: int, definition: dict[str, Any]) -> None:
+    study.set_user_attr(ID, study_id)
+    study.set_user_attr(TARGET, target)
+    study.set_user_attr(DEFINITION, definition)  # last: a study that has it is whole
 
 
 def check_definition(study: Study, definition: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import queue
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,12 +30,19 @@ from rum.tune.provenance import option_text
 CONNECT_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for every small file
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # says how it makes tables
 
 STUDY_TAG = "rum.study"
 STUDY_ID_TAG = "rum.study_id"
 TRIAL_TAG = "rum.trial"
 PARENT_TAG = "mlflow.parentRunId"
+# What a study is rebuilt from, as JSON: MLflow's own parameters are text.
+PARAMETERS_TAG = "rum.parameters"
+ATTRIBUTES_TAG = "rum.attributes"
+SEQUENCE_TAG = "rum.sampler_sequence"
+TARGET_TAG = "rum.target"
+DEFINITION_FILE = "definition.json"
 
 # Status of a run: MLflow's own words.
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
@@ -306,6 +314,21 @@ class Tracker:
         """Writes an artifact of the parent run."""
         self._enqueue(lambda: self.client.log_text(self.parent_id, text, file))
 
+    def log_text_once(self, number: int | None, text: str, file: str) -> None:
+        """Writes an artifact of a trial's run (None: the parent's) unless it has it already."""
+
+        def job() -> None:
+            run_id = self.run_id(number)
+            there = self.client.list_artifacts(run_id) if number in self._existing else []
+            if file not in {artifact.path for artifact in there}:
+                self.client.log_text(run_id, text, file)
+
+        self._enqueue(job)
+
+    def tag_study(self, key: str, value: str) -> None:
+        """Sets a tag of the parent run."""
+        self._enqueue(lambda: self.client.set_tag(self.parent_id, key, value))
+
     def known_status(self, number: int) -> str | None:
         """Status of a trial's run when this tracker began; None if there was none."""
         run = self._existing.get(number)
@@ -343,6 +366,19 @@ def study_runs(
         token = page.token
         if not token:
             return
+
+
+def read_text(client: MlflowClient, run_id: str, file: str) -> str:
+    """A text artifact of a run.
+
+    Raises:
+        TrackingError: If there is none.
+    """
+    with tempfile.TemporaryDirectory(prefix="rum-artifact-") as folder:
+        try:
+            return Path(client.download_artifacts(run_id, file, folder)).read_text()
+        except (MlflowException, OSError) as error:
+            raise TrackingError(f"run {run_id} has no {file} in MLflow: {error}") from error
 
 
 def study_filter(study: str, study_id: str) -> str:

@@ -417,12 +417,6 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         open_storage(tmp_path / "outputs")
 
 
-def test_a_damaged_storage_is_named(tmp_path: Path) -> None:
-    (tmp_path / "optuna.db").write_bytes(b"this is no database" * 100)
-    with pytest.raises(StudyError, match=f"cannot open the studies in {tmp_path}"):
-        open_storage(tmp_path)
-
-
 def test_commits_do_not_wait_for_the_disk_and_readers_do_not_wait_for_the_driver(
     tmp_path: Path,
 ) -> None:

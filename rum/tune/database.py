@@ -1,0 +1,62 @@
+"""The SQLite file of Optuna's studies: made whole or not at all, and checked before it is used."""
+
+import shlex
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import optuna
+
+from rum.errors import StudyError
+
+_TABLES = {"studies", "trials", "trial_params", "version_info"}
+_LOGS = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database
+
+
+def prepare_database(path: Path) -> None:
+    """Makes the file with its tables where there is none; else checks the one that is there.
+
+    One process at a time may call this.
+
+    Raises:
+        StudyError: If the file is no intact database of studies; it is left as it is.
+    """
+    if path.exists():
+        _check(path)
+        return
+    # Beside its place first: a process that dies here leaves no file that looks damaged.
+    partial = path.with_name(f"{path.name}.partial")
+    for ending in ("", *_LOGS):
+        partial.with_name(partial.name + ending).unlink(missing_ok=True)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{partial}")
+    storage.remove_session()
+    storage.engine.dispose()
+    for ending in _LOGS:  # of a deleted database: SQLite would take them for the new one's
+        path.with_name(path.name + ending).unlink(missing_ok=True)
+    partial.rename(path)
+
+
+def _check(path: Path) -> None:
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(uri, uri=True, timeout=30)) as connection:
+            [found] = connection.execute("PRAGMA quick_check(1)").fetchone()
+            names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            tables = {name for (name,) in names}
+    except sqlite3.OperationalError as error:  # for example no permission
+        raise StudyError(f"cannot open the studies in {path}: {error}") from error
+    except sqlite3.DatabaseError as error:
+        raise _damaged(path, str(error)) from error
+    if found != "ok":
+        raise _damaged(path, " ".join(str(found).split()))
+    if not tables >= _TABLES:
+        raise _damaged(path, "it does not have Optuna's tables")
+
+
+def _damaged(path: Path, reason: str) -> StudyError:
+    place, away = shlex.quote(str(path)), shlex.quote(str(path.parent / "damaged"))
+    return StudyError(
+        f"{path} is no intact database of studies: {reason}. Nothing was changed. Move it away, "
+        "then repeat the search's command with resume=from_mlflow, which rebuilds the study:\n"
+        f"  mkdir {away} && mv {place}* {away}"
+    )
