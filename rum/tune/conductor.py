@@ -13,7 +13,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from rum.errors import CheckpointError
+from rum.errors import CheckpointError, StudyError
 from rum.experiment import ExperimentConfig
 from rum.parameters import flatten
 from rum.tasks import Task
@@ -21,13 +21,27 @@ from rum.training.checkpoint import CheckpointStore
 from rum.training.loop import Report
 from rum.tune import messages
 from rum.tune.asha import Rungs
+from rum.tune.limits import Limits
 from rum.tune.messages import Workplace
 from rum.tune.provenance import trial_tags
 from rum.tune.space import apply
-from rum.tune.study import ORIGIN, REASON, RUNG, Study, TrialSpec, is_sound, run_status
+from rum.tune.study import (
+    INFEASIBLE,
+    ORIGIN,
+    REASON,
+    RUNG,
+    Study,
+    TrialSpec,
+    is_infeasible,
+    is_sound,
+    run_status,
+)
 from rum.tune.tracking import INTERRUPTED, Tracker, ended
 
 logger = logging.getLogger(__name__)
+
+REFUSALS_PER_TRIAL = 10
+"""So many infeasible candidates in a row, for each trial of the study, end a search."""
 
 
 class Conductor:
@@ -41,6 +55,7 @@ class Conductor:
         rungs: Rungs,
         tracker: Tracker,
         workplace: Workplace,
+        limits: Limits | None = None,
     ) -> None:
         """Takes over a study: what an earlier driver left open is queued first.
 
@@ -51,6 +66,7 @@ class Conductor:
             rungs: The scheduler, empty; filled here from the study.
             tracker: MLflow.
             workplace: Where the trials' checkpoints are.
+            limits: What a candidate may take; None admits all.
         """
         self._study = study
         self._base = base
@@ -59,13 +75,15 @@ class Conductor:
         self._rungs = rungs
         self._tracker = tracker
         self._workplace = workplace
+        self._limits = limits
+        self._refused_in_a_row = 0
         self._last_epoch: dict[int, int] = {}
         self._running: dict[int, TrialSpec] = {}
         for trial in study.trials(TrialState.RUNNING):
             if trial.user_attrs.get(RUNG) in trial.intermediate_values:  # None is no epoch
                 self._end_stopped(trial)
         self._adopted = study.trials(TrialState.RUNNING)
-        self._asked = len(study.trials()) - len(study.trials(TrialState.WAITING))
+        self._asked = len(study.ended()) + len(self._adopted)
         self._began = time.monotonic()
         self._epochs_trained = 0
         for trial in study.trials():
@@ -105,8 +123,7 @@ class Conductor:
     @property
     def num_ended(self) -> int:
         """Trials that have ended."""
-        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-        return len(self._study.trials(*states))
+        return len(self._study.ended())
 
     @property
     def num_open(self) -> int:
@@ -114,13 +131,27 @@ class Conductor:
         return max(0, self._study.target - self.num_ended)
 
     def next_trial(self) -> TrialSpec | None:
-        """The next trial to start, None when all have been."""
+        """The next trial to start, None when all have been.
+
+        Raises:
+            StudyError: If too many candidates in a row are beyond the limits.
+        """
+        while (spec := self._open_next()) is not None:
+            self._running[spec.number] = spec
+            self._start_run(spec.number, spec.parameters, spec.origin)
+            if not self._refuse(spec):
+                self._log_missing(spec.number, self._last_epoch[spec.number])
+                return spec
+        return None
+
+    def _open_next(self) -> TrialSpec | None:
         if self._adopted:
             frozen = self._adopted.pop(0)
             spec = self._study.adopt(frozen)
             epochs = frozen.intermediate_values
-            if RUNG in frozen.user_attrs:  # a stop that was noted and not reported: judged anew
-                self._study.note(spec.number, RUNG, None)
+            for noted in (RUNG, REASON):  # an end that was noted and not reached: judged anew
+                if noted in frozen.user_attrs:
+                    self._study.note(spec.number, noted, None)
             self._last_epoch[spec.number] = max(epochs, default=0)
         elif self._asked < self._study.target:
             self._asked += 1
@@ -128,10 +159,30 @@ class Conductor:
             self._last_epoch[spec.number] = 0
         else:
             return None
-        self._running[spec.number] = spec
-        self._start_run(spec.number, spec.parameters, spec.origin)
-        self._log_missing(spec.number, self._last_epoch[spec.number])
         return spec
+
+    def _refuse(self, spec: TrialSpec) -> bool:
+        """Ends a candidate that is beyond the limits; one that has begun to train goes on."""
+        number = spec.number
+        if self._limits is None or spec.origin is not None or self._last_epoch[number]:
+            return False
+        verdict = self._limits.judge(apply(self._base, spec.parameters))
+        self._study.constrain(number, verdict.excess)
+        if verdict.reason is None:
+            self._refused_in_a_row = 0
+            return False
+        self._end(number, TrialState.PRUNED, reason=verdict.reason, worker={})
+        del self._last_epoch[number]
+        self._asked -= 1
+        self._refused_in_a_row += 1
+        most = REFUSALS_PER_TRIAL * self._study.target
+        if self._refused_in_a_row >= most:
+            raise StudyError(
+                f"{most} candidates in a row were infeasible, the last with "
+                f"{verdict.reason.partition(': ')[2]}: nearly all of the space is beyond "
+                "search.max_parameters or search.max_memory_gigabytes"
+            )
+        return True
 
     def _start_run(
         self, number: int, parameters: dict[str, Any], origin: dict[str, Any] | None
@@ -204,8 +255,8 @@ class Conductor:
             self._tracker.log_best(self._metric, best.value, self.num_ended)
 
     def _end_run(self, trial: FrozenTrial, worker: dict[str, Any] | None = None) -> None:
-        reason = str(trial.user_attrs.get(REASON, ""))
-        tags = {"rum.state": trial.state.name}
+        reason = str(trial.user_attrs.get(REASON) or "")
+        tags = {"rum.state": INFEASIBLE if is_infeasible(trial) else trial.state.name}
         if reason:
             tags["rum.reason"] = reason
         if trial.user_attrs.get(RUNG) is not None:
@@ -233,11 +284,15 @@ class Conductor:
         counts = {
             "running": len(self._running),
             "finished": sum(t.state == TrialState.COMPLETE for t in trials),
-            "stopped early": sum(t.state == TrialState.PRUNED and is_sound(t) for t in trials),
+            "stopped early": sum(
+                t.state == TrialState.PRUNED and is_sound(t) and not is_infeasible(t)
+                for t in trials
+            ),
             "failed": sum(
                 t.state == TrialState.FAIL or (t.state == TrialState.PRUNED and not is_sound(t))
                 for t in trials
             ),
+            "infeasible": sum(map(is_infeasible, trials)),
         }
         parts = [f"{self.num_ended}/{self._study.target} trials"]
         parts += [f"{count} {name}" for name, count in counts.items() if count]

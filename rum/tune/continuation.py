@@ -45,6 +45,9 @@ def continue_best(config: ResumeConfig) -> str:
         ConfigError: If `max_epochs` does not grow, or a change touches a searched option.
         StudyError: If there is no such study, or it has fewer trials than `top`.
     """
+    for limit in ("max_parameters", "max_memory_gigabytes"):
+        if getattr(config.search, limit) is not None:
+            raise ConfigError(f"search.{limit} has no effect here: trials continue as they are")
     output_dir = output_folder(config.output_dir)
     if not output_dir.is_dir():
         raise StudyError(f"there is no study {config.study!r}: {output_dir} is no folder")
@@ -70,7 +73,7 @@ def continue_best(config: ResumeConfig) -> str:
             f"study {config.study} was made on other data: checksum "
             f"{origin_study.definition['data_checksum']}, now {task.checksum}"
         )
-    check_machine(search, task, output_dir)
+    search = check_machine(search, task, output_dir)
     client, experiment_id = connect(config.tracking, output_dir)
     definition = define(search, task)
     name = f"{config.study}-to-{search.training.max_epochs}"

@@ -38,6 +38,18 @@ def failures(study: Study) -> list[str]:
     ]
 
 
+def refusals(study: Study) -> list[str]:
+    """How many candidates were infeasible and the first of them; nothing where none was."""
+    refused = study.refused()
+    if not refused:
+        return []
+    first = refused[0]
+    return [
+        f"{len(refused)} candidates were not trained, the first: "
+        f"trial {first.number} {first.user_attrs[REASON]}"
+    ]
+
+
 def resume_command(command: str, study: str) -> str:
     """The command that goes on with this very study, from the one that was given."""
     words = shlex.split(command)

@@ -1,7 +1,7 @@
 """Search spaces: checked against the typed configuration before anything starts, then sampled."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import optuna
@@ -108,7 +108,7 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
     """Samples all options whose condition holds; for a trial that has some already, the rest."""
     values: dict[str, Any] = {}
     for name, domain in space.items():
-        if any(values.get(key) != value for key, value in (domain.when or {}).items()):
+        if not _applies(domain, values):
             continue
         if domain.choices is not None:
             values[name] = trial.suggest_categorical(name, domain.choices)
@@ -121,6 +121,39 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
             low, high = _extremes(domain)
             values[name] = trial.suggest_float(name, low, high, step=domain.step, log=domain.log)
     return values
+
+
+def _applies(domain: Domain, values: Mapping[str, Any]) -> bool:
+    """Whether an option is searched beside these values of those above it."""
+    return all(values.get(key) == value for key, value in (domain.when or {}).items())
+
+
+def extreme(
+    base: _Config, space: Space, cost: Callable[[_Config], float], *, largest: bool = False
+) -> _Config:
+    """The cheapest experiment of a space, or the dearest.
+
+    One option after the other goes to the end of its domain that costs least (most): that is the
+    extreme of a cost in which each option has its own direction, as memory and size have.
+
+    Args:
+        base: The experiment around the searched options.
+        space: What is searched.
+        cost: Of an experiment; those that it raises ConfigError for are left out.
+        largest: The dearest instead.
+    """
+    values: dict[str, Any] = {}
+    for name, domain in space.items():
+        costs: list[tuple[float, Any]] = []
+        for value in _extremes(domain) if _applies(domain, values) else []:
+            try:
+                costs.append((cost(apply(base, {**values, name: value})), value))
+            except ConfigError:
+                continue
+        if costs:
+            choose = max if largest else min
+            values[name] = choose(costs, key=lambda pair: pair[0])[1]
+    return apply(base, values)
 
 
 def apply(base: _Config, parameters: Mapping[str, Any]) -> _Config:

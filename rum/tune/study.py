@@ -1,11 +1,13 @@
 """A study: Optuna's record of trials, its folder, and the lock that keeps it to one driver."""
 
+import dataclasses
 import fcntl
 import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,13 @@ CONCLUDED = "rum.concluded"
 TARGET = "rum.target"
 REASON = "rum.reason"
 RUNG = "rum.rung"
+INFEASIBLE = "infeasible"
+"""How the reason of a candidate beyond a limit begins."""
 ORIGIN = "rum.origin"
+
+REFUSED_IN_A_ROW = 3
+"""Infeasible candidates after which the next is drawn at random, whatever the sampler: some learn
+from trained trials only and would ask the same again."""
 
 
 def open_storage(output_dir: Path) -> optuna.storages.RDBStorage:
@@ -166,6 +174,15 @@ class Study:
         """All trials, or those in some states."""
         return self._study.get_trials(deepcopy=False, states=states or None)
 
+    def ended(self) -> list[FrozenTrial]:
+        """Trials that have ended, infeasible candidates left out: they are no trials."""
+        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+        return [trial for trial in self.trials(*states) if not is_infeasible(trial)]
+
+    def refused(self) -> list[FrozenTrial]:
+        """Candidates that were infeasible."""
+        return [trial for trial in self.trials(TrialState.PRUNED) if is_infeasible(trial)]
+
     def trial(self, number: int) -> FrozenTrial:
         """One of them."""
         return self.trials()[number]
@@ -178,7 +195,10 @@ class Study:
         """Opens the next trial: an enqueued one, else a new sample."""
         waiting = self.trials(TrialState.WAITING)
         number = waiting[0].number if waiting else len(self.trials())
-        self._study.sampler = build_sampler(self._sampler, number)
+        last = self.trials()[max(0, number - REFUSED_IN_A_ROW) : number]
+        is_stuck = len(last) == REFUSED_IN_A_ROW and all(map(is_infeasible, last))
+        sampler = dataclasses.replace(self._sampler, name="random") if is_stuck else self._sampler
+        self._study.sampler = build_sampler(sampler, number)
         return self._suggest(self._study.ask())
 
     def adopt(self, frozen: FrozenTrial) -> TrialSpec:
@@ -199,9 +219,18 @@ class Study:
         """Records something about a trial, for example why it ends."""
         self._open[number].set_user_attr(key, value)
 
+    def constrain(self, number: int, excess: Mapping[str, float]) -> None:
+        """Tells the sampler how far a trial is beyond each limit, above 0 being infeasible."""
+        trial = self._open[number]
+        for name, value in excess.items():
+            if name not in trial.constraints:
+                trial.set_constraint(name, value)
+
     def finish(self, number: int, state: TrialState, value: float | None = None) -> None:
         """Ends a trial; `value` only with COMPLETE (a pruned trial's is its last report)."""
-        self._study.tell(self._open.pop(number), value, state=state)
+        with warnings.catch_warnings():  # CMA-ES has no use for constraints, and says so each time
+            warnings.filterwarnings("ignore", "Constraints have been set")
+            self._study.tell(self._open.pop(number), value, state=state)
 
     def ranked(self) -> list[FrozenTrial]:
         """Trials with a value, finished or stopped early, best first."""
@@ -211,6 +240,12 @@ class Study:
             if trial.value is not None and is_sound(trial)
         ]
         return sorted(trials, key=lambda t: t.value or 0.0, reverse=self.mode == "max")
+
+
+def is_infeasible(trial: FrozenTrial) -> bool:
+    """Whether a candidate was refused because it is beyond a limit."""
+    reason = str(trial.user_attrs.get(REASON, ""))
+    return trial.state == TrialState.PRUNED and reason.startswith(INFEASIBLE)
 
 
 def is_sound(trial: FrozenTrial) -> bool:
