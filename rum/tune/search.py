@@ -32,6 +32,7 @@ from rum.tune.config import SearchConfig, output_folder
 from rum.tune.forecast import calibrate, check_disk, forecast
 from rum.tune.limits import check_feasible, limits_of, with_share
 from rum.tune.messages import Workplace
+from rum.tune.pareto import fronts, to_json
 from rum.tune.prediction import Predictor
 from rum.tune.provenance import common_tags
 from rum.tune.ray_adapters import ConductedScheduler, ConductedSearcher, ProgressCallback
@@ -275,6 +276,11 @@ def conduct(
                 tracker.flush()
                 run_id = tracker.run_id(best.number)
                 _register(config, task, client, run_id, workplace.trial_folder(best.number))
+            found = fronts(study, base, task, workplace)
+            if found:
+                tracker.log_text(to_json(found), "pareto.json")
+                areas = {f"pareto/hypervolume_{each.cost}": each.hypervolume for each in found}
+                tracker.log_summary(areas, conductor.num_ended)
     finally:
         if conductor is not None:
             conductor.interrupt()
@@ -283,6 +289,7 @@ def conduct(
         study.conclude()
     parts = [
         best_trials(study, task),
+        *map(str, found),
         *failures(study),
         *refusals(study),
         "",
