@@ -28,7 +28,8 @@ class Domain:
     choices: list[Any] | None = None
     """Of "categorical"; a single choice fixes the option."""
     when: dict[str, Any] | None = None
-    """Searched only while these other options, named above it, have these values."""
+    """Searched only while these other options, named above it, have these values (of a list, one
+    of them) and are searched themselves."""
 
 
 @dataclass(kw_only=True)

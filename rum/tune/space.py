@@ -1,5 +1,6 @@
 """Search spaces: checked against the typed configuration before anything starts, then sampled."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -44,12 +45,12 @@ def check_space(base: ExperimentConfig, space: Space) -> None:
         if name in NOT_SEARCHABLE:
             raise ConfigError(f"{where} cannot be searched: {NOT_SEARCHABLE[name]}")
         _check_domain(where, domain)
-        conditions = _conditions(where, domain, seen)
-        for value in _extremes(domain):
+        for branch, value in itertools.product(_branches(where, domain, seen), _extremes(domain)):
             try:
-                replace(base, {**conditions, name: value})
+                replace(base, {**branch, name: value})
             except ConfigError as error:
-                raise ConfigError(f"{where} = {value!r} is not valid: {error}") from error
+                under = "".join(f", {key} = {held!r}" for key, held in branch.items())
+                raise ConfigError(f"{where} = {value!r}{under} is not valid: {error}") from error
         seen[name] = domain
 
 
@@ -91,17 +92,36 @@ def _extremes(domain: Domain) -> list[Any]:
     return [convert(domain.low), convert(domain.high)]
 
 
-def _conditions(where: str, domain: Domain, seen: Space) -> dict[str, Any]:
-    for name, value in (domain.when or {}).items():
+def _branches(where: str, domain: Domain, seen: Space) -> list[dict[str, Any]]:
+    """Every way to meet a domain's conditions, those of the options in them included."""
+    branches: list[dict[str, Any]] = [{}]
+    for name, wanted in (domain.when or {}).items():
         if name not in seen:
             raise ConfigError(
                 f"{where}: when must name options that stand above it in the space, "
                 f"got {name!r}{nearest(name, seen)}"
             )
         choices = seen[name].choices
-        if choices is None or value not in choices:
-            raise ConfigError(f"{where}: when {name} = {value!r}, which is none of {choices}")
-    return dict(domain.when or {})
+        for value in _alternatives(wanted):
+            if choices is None or value not in choices:
+                raise ConfigError(f"{where}: when {name} = {value!r}, which is none of {choices}")
+        branches = [
+            {**branch, **above, name: value}
+            for branch in branches
+            for value in _alternatives(wanted)
+            for above in _branches(where, seen[name], seen)
+            if all(branch.get(k, v) == v for k, v in {**above, name: value}.items())
+        ]
+    if not branches:
+        raise ConfigError(
+            f"{where}: its conditions and those of the options in them never hold together"
+        )
+    return branches
+
+
+def _alternatives(wanted: Any) -> list[Any]:
+    """The values of a condition: a list means any of them."""
+    return list(wanted) if isinstance(wanted, list) else [wanted]
 
 
 def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
@@ -125,7 +145,10 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
 
 def _applies(domain: Domain, values: Mapping[str, Any]) -> bool:
     """Whether an option is searched beside these values of those above it."""
-    return all(values.get(key) == value for key, value in (domain.when or {}).items())
+    return all(
+        key in values and values[key] in _alternatives(wanted)
+        for key, wanted in (domain.when or {}).items()
+    )
 
 
 def extreme(
