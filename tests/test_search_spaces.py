@@ -24,6 +24,7 @@ from rum.parameters import flatten
 from rum.setting import ProfileConfig
 from rum.tasks import TASKS, CharacterLMConfig
 from rum.train import TrainConfig
+from rum.tune.budget import fitting
 from rum.tune.config import (
     SAMPLERS,
     SCHEDULERS,
@@ -125,7 +126,11 @@ def test_every_folder_is_a_group_of_options_that_some_pipeline_has() -> None:
 def test_every_model_has_a_space_and_every_space_a_model() -> None:
     assert {space.split("__")[0] for space in SPACES} == set(MODELS)
     by_default = {space for space in SPACES if space.split("__")[1] in (*PRESETS, "memory")}
-    assert set(SPACES) - by_default == {"rum__schedule", "fs_rum__cells"}
+    assert set(SPACES) - by_default == {
+        "rum__schedule",
+        "fs_rum__cells",
+        "fs_rum__budget",
+    }
 
 
 def test_the_family_of_the_paper_has_a_space_everywhere() -> None:
@@ -352,12 +357,6 @@ def test_every_sample_of_a_space_is_a_valid_experiment_with_just_its_values(spac
     base = ExperimentConfig(model=config.model, task=config.task, training=config.training)
     before = flatten(base)
     study = optuna.create_study(sampler=RandomSampler(seed=0))
-    drawn = [suggest(study.ask(), config.space) for _ in range(200)]
-    models = {}
-    for values in drawn:
-        experiment = apply(base, values)
-        assert flatten(experiment) == {**before, **values}
-        models[repr(experiment.model)] = experiment.model
     sizes = ModelSizes(
         vocab_size=50,
         num_classes=50,
@@ -365,8 +364,17 @@ def test_every_sample_of_a_space_is_a_valid_experiment_with_just_its_values(spac
         initialization="orthogonal",
         story=StoryLayout(question_length=4, sentence_ends=(1,)),
     )
+    fit = fitting(base, sizes)
+    drawn = [suggest(study.ask(), config.space, fit) for _ in range(200)]
+    models = {}
+    for values in drawn:
+        experiment = apply(base, values)
+        assert flatten(experiment) == {**before, **values}
+        models[repr(experiment.model)] = experiment.model
+    budget = next((each.parameters for each in config.space.values() if each.parameters), None)
     for model in models.values():
-        assert count_parameters(build_on_meta(model, sizes)) > 0
+        count = count_parameters(build_on_meta(model, sizes))
+        assert count == (pytest.approx(budget, rel=0.01) if budget else count)
     assert {name for values in drawn for name in values} == set(config.space)
     for name, domain in config.space.items():
         for values in drawn:

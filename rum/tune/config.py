@@ -30,6 +30,9 @@ class Domain:
     when: dict[str, Any] | None = None
     """Searched only while these other options, named above it, have these values (of a list, one
     of them) and are searched themselves."""
+    parameters: int | None = None
+    """Of "int": not sampled but solved, between low and high, after all other options, so that the
+    model has as many trainable parameters, within 1 %."""
 
 
 @dataclass(kw_only=True)

@@ -7,9 +7,10 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from rum.errors import ConfigError, StudyError
-from rum.experiment import ExperimentConfig, experiment_from_plain
+from rum.experiment import ExperimentConfig, experiment_from_plain, model_sizes
 from rum.parameters import nearest, replace, unflatten
 from rum.training.checkpoint import Checkpoint, CheckpointStore
+from rum.tune.budget import fitting
 from rum.tune.config import (
     Domain,
     ResumeConfig,
@@ -79,7 +80,8 @@ def continue_best(config: ResumeConfig) -> str:
     name = f"{config.study}-to-{search.training.max_epochs}"
     with locked(output_dir / "studies" / name):
         ensure_study(storage, name, definition)
-        study = Study(storage, name, search.space, search.sampler)
+        fit = fitting(search, model_sizes(task))
+        study = Study(storage, name, search.space, search.sampler, fit)
         check_definition(study, definition)
         claim_folder(output_dir / "studies" / name, study)
         queued = {trial.user_attrs[ORIGIN]["trial"] for trial in study.trials()}

@@ -85,9 +85,17 @@ def forecast(
     """
     predictor = limits.predictor
     study = optuna.create_study(sampler=build_sampler(config.sampler, 0))
-    sampled = [apply(config, suggest(study.ask(), config.space)) for _ in range(SAMPLES)]
+    sampled = [
+        apply(config, suggest(study.ask(), config.space, predictor.fit)) for _ in range(SAMPLES)
+    ]
     smallest, largest = (
-        extreme(config, config.space, lambda e: predictor.predict(e).parameters, largest=end)
+        extreme(
+            config,
+            config.space,
+            lambda e: predictor.predict(e).parameters,
+            largest=end,
+            fit=predictor.fit,
+        )
         for end in (False, True)
     )
     feasible = [e for e in sampled if limits.judge(e).reason is None] or [smallest]

@@ -7,6 +7,7 @@ import torch
 
 from rum.errors import ConfigError
 from rum.experiment import ExperimentConfig
+from rum.tune.budget import TOLERANCE
 from rum.tune.config import AUTO, SearchConfig
 from rum.tune.prediction import Predictor, allocatable, share_for
 from rum.tune.space import extreme
@@ -33,6 +34,8 @@ class Limits:
     predictor: Predictor
     max_parameters: int | None = None
     max_memory_bytes: float | None = None
+    budget: int | None = None
+    """Parameters that an option is solved for."""
 
     def judge(self, experiment: ExperimentConfig) -> Verdict:
         """Whether a candidate is feasible, from its prediction."""
@@ -51,6 +54,13 @@ class Limits:
                     f"{memory / GIGABYTE:.2f} GB of memory, at most "
                     f"{self.max_memory_bytes / GIGABYTE:.2f} GB"
                 )
+        if self.budget is not None:
+            parameters = self.predictor.predict(experiment).parameters
+            excess["budget"] = abs(parameters / self.budget - 1) - TOLERANCE
+            if excess["budget"] > 0:
+                reasons.append(
+                    f"{parameters:,} parameters, not within {TOLERANCE:.0%} of {self.budget:,}"
+                )
         reason = f"{INFEASIBLE}: {'; '.join(reasons)}" if reasons else None
         return Verdict(excess, reason)
 
@@ -62,7 +72,11 @@ def with_share(config: SearchConfig, predictor: Predictor) -> SearchConfig:
     share = 0.0
     if config.training.device.startswith("cuda"):
         largest = extreme(
-            config, config.space, lambda e: predictor.predict(e).memory_bytes, largest=True
+            config,
+            config.space,
+            lambda e: predictor.predict(e).memory_bytes,
+            largest=True,
+            fit=predictor.fit,
         )
         memory = float(predictor.predict(largest).memory_bytes)
         if config.search.max_memory_gigabytes is not None:
@@ -88,7 +102,12 @@ def limits_of(config: SearchConfig, predictor: Predictor) -> Limits:
     elif config.training.device.startswith("cuda"):
         share = float(options.gpus_per_trial) or 1.0
         memory = allocatable(min(1.0, share), card_bytes(config.training.device))
-    return Limits(predictor, options.max_parameters, memory)
+    return Limits(predictor, options.max_parameters, memory, _budget(config))
+
+
+def _budget(config: SearchConfig) -> int | None:
+    budgets = [domain.parameters for domain in config.space.values()]
+    return next(filter(None, budgets), None)
 
 
 def card_bytes(device: str) -> int:
@@ -97,14 +116,33 @@ def card_bytes(device: str) -> int:
 
 
 def check_feasible(config: SearchConfig, limits: Limits) -> None:
-    """Raises ConfigError if even the smallest experiment of the space is beyond a limit."""
-    for name, cost in (
-        ("parameters", lambda e: float(limits.predictor.predict(e).parameters)),
-        ("memory", lambda e: float(limits.predictor.predict(e).memory_bytes)),
-    ):
-        verdict = limits.judge(extreme(config, config.space, cost))
+    """Raises ConfigError if nothing in the space can be within a limit."""
+    predictor = limits.predictor
+
+    def parameters(experiment: SearchConfig) -> float:
+        return predictor.predict(experiment).parameters
+
+    def memory(experiment: SearchConfig) -> float:
+        return predictor.predict(experiment).memory_bytes
+
+    for name, cost in (("parameters", parameters), ("memory", memory)):
+        verdict = limits.judge(extreme(config, config.space, cost, fit=predictor.fit))
         if verdict.excess.get(name, 0.0) > 0:
             raise ConfigError(
                 f"even the smallest experiment of the space is {verdict.reason}: widen the space "
                 "downwards, or raise search.max_parameters or search.max_memory_gigabytes"
+            )
+    if limits.budget is not None:
+        free = {
+            name: dataclasses.replace(domain, parameters=None)
+            for name, domain in config.space.items()
+        }
+        low, high = (
+            predictor.predict(extreme(config, free, parameters, largest=end)).parameters
+            for end in (False, True)
+        )
+        if not low * (1 - TOLERANCE) <= limits.budget <= high * (1 + TOLERANCE):
+            raise ConfigError(
+                f"no experiment of the space has {limits.budget:,} parameters: it has from "
+                f"{low:,} to {high:,}"
             )

@@ -18,6 +18,7 @@ from rum.cells.base import AcceleratedCell, Cell, ModelConfig
 from rum.experiment import ExperimentConfig, model_sizes
 from rum.models import SequenceModel, build_model, build_on_meta, count_parameters
 from rum.tasks import Task
+from rum.tune.budget import fitting
 
 SHARES = (1.0, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8)
 """Of a GPU that `search.gpus_per_trial=auto` chooses from."""
@@ -90,6 +91,7 @@ class Predictor:
             data_dir: Where corpora are looked for when a trial's task has other options.
         """
         self.correction = Correction()
+        self.fit = fitting(base, model_sizes(task))
         self._data_dir = data_dir
         self._tasks = {repr(base.task): task}
         self._traces: dict[str, _Trace] = {}
@@ -246,8 +248,8 @@ def share_for(memory_bytes: float, card_bytes: float) -> float | None:
         memory_bytes: What torch will allocate.
         card_bytes: Memory of the card.
     """
-    fitting = [share for share in SHARES if memory_bytes <= allocatable(share, card_bytes)]
-    return min(fitting, default=None)
+    holding = [share for share in SHARES if memory_bytes <= allocatable(share, card_bytes)]
+    return min(holding, default=None)
 
 
 def allocatable(share: float, card_bytes: float) -> float:

@@ -20,12 +20,13 @@ from ray.exceptions import RayError
 from sqlalchemy.exc import SQLAlchemyError
 
 from rum.errors import CheckpointError, ConfigError, RumError, StudyError
-from rum.experiment import ExperimentConfig, check_device
+from rum.experiment import ExperimentConfig, check_device, model_sizes
 from rum.parameters import flatten, nearest
 from rum.tasks import CharacterLMConfig, Task
 from rum.train import task_slug
 from rum.training.checkpoint import CheckpointStore
 from rum.tune.asha import Rungs, milestones
+from rum.tune.budget import fitting
 from rum.tune.cluster import check_ray_address, concurrent, resources, running_ray
 from rum.tune.conductor import Conductor
 from rum.tune.config import SearchConfig, output_folder
@@ -101,7 +102,8 @@ def run_search(config: SearchConfig) -> str:
     name = _study_name(config, task, storage)
     with locked(folders / name):
         ensure_study(storage, name, definition)
-        study = Study(storage, name, config.space, config.sampler)
+        fit = fitting(config, model_sizes(task))
+        study = Study(storage, name, config.space, config.sampler, fit)
         check_definition(study, definition)
         claim_folder(folders / name, study)
         say(_set_target(study, config))

@@ -14,6 +14,9 @@ from rum.tune.config import Domain
 
 Space = Mapping[str, Domain]
 
+Fit = Callable[[Mapping[str, Any], str, Domain], int]
+"""Solves a domain with `parameters`: from a trial's other values, its name and itself."""
+
 _Config = TypeVar("_Config", bound=ExperimentConfig)
 
 NOT_SEARCHABLE = {
@@ -52,9 +55,22 @@ def check_space(base: ExperimentConfig, space: Space) -> None:
                 under = "".join(f", {key} = {held!r}" for key, held in branch.items())
                 raise ConfigError(f"{where} = {value!r}{under} is not valid: {error}") from error
         seen[name] = domain
+    solved = [name for name, domain in space.items() if domain.parameters is not None]
+    if len(solved) > 1:
+        raise ConfigError(f"space: one option can be solved for parameters, got {solved}")
 
 
 def _check_domain(where: str, domain: Domain) -> None:
+    if domain.parameters is not None and (
+        domain.parameters < 1
+        or domain.type != "int"
+        or domain.step is not None
+        or domain.log
+        or domain.when
+    ):
+        raise ConfigError(
+            f"{where}: parameters must be >= 1 and belong to an int domain with low and high only"
+        )
     if domain.type == "categorical":
         if not domain.choices:
             raise ConfigError(f"{where}: a categorical domain must have choices, got none")
@@ -124,11 +140,18 @@ def _alternatives(wanted: Any) -> list[Any]:
     return list(wanted) if isinstance(wanted, list) else [wanted]
 
 
-def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
-    """Samples all options whose condition holds; for a trial that has some already, the rest."""
+def suggest(trial: optuna.Trial, space: Space, fit: Fit | None = None) -> dict[str, Any]:
+    """Samples all options whose condition holds; for a trial that has some already, the rest.
+
+    Args:
+        trial: Optuna's.
+        space: What is searched.
+        fit: Must be given where a domain has `parameters`. Optuna records what it solves as an
+            option with one value, which no sampler sees.
+    """
     values: dict[str, Any] = {}
     for name, domain in space.items():
-        if not _applies(domain, values):
+        if domain.parameters is not None or not _applies(domain, values):
             continue
         if domain.choices is not None:
             values[name] = trial.suggest_categorical(name, domain.choices)
@@ -140,7 +163,18 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
         else:
             low, high = _extremes(domain)
             values[name] = trial.suggest_float(name, low, high, step=domain.step, log=domain.log)
+    for name, size in _solved(space, values, fit).items():
+        values[name] = trial.suggest_int(name, size, size)
     return values
+
+
+def _solved(space: Space, values: Mapping[str, Any], fit: Fit | None) -> dict[str, int]:
+    solved = {}
+    for name, domain in space.items():
+        if domain.parameters is not None:
+            assert fit is not None, f"{name} is to be solved"
+            solved[name] = fit(values, name, domain)
+    return solved
 
 
 def _applies(domain: Domain, values: Mapping[str, Any]) -> bool:
@@ -152,7 +186,12 @@ def _applies(domain: Domain, values: Mapping[str, Any]) -> bool:
 
 
 def extreme(
-    base: _Config, space: Space, cost: Callable[[_Config], float], *, largest: bool = False
+    base: _Config,
+    space: Space,
+    cost: Callable[[_Config], float],
+    *,
+    largest: bool = False,
+    fit: Fit | None = None,
 ) -> _Config:
     """The cheapest experiment of a space, or the dearest.
 
@@ -164,11 +203,13 @@ def extreme(
         space: What is searched.
         cost: Of an experiment; those that it raises ConfigError for are left out.
         largest: The dearest instead.
+        fit: As in `suggest`.
     """
     values: dict[str, Any] = {}
     for name, domain in space.items():
         costs: list[tuple[float, Any]] = []
-        for value in _extremes(domain) if _applies(domain, values) else []:
+        is_free = domain.parameters is None and _applies(domain, values)
+        for value in _extremes(domain) if is_free else []:
             try:
                 costs.append((cost(apply(base, {**values, name: value})), value))
             except ConfigError:
@@ -176,7 +217,7 @@ def extreme(
         if costs:
             choose = max if largest else min
             values[name] = choose(costs, key=lambda pair: pair[0])[1]
-    return apply(base, values)
+    return apply(base, {**values, **_solved(space, values, fit)})
 
 
 def apply(base: _Config, parameters: Mapping[str, Any]) -> _Config:

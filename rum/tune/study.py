@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rum.errors import StudyError
 from rum.tune.config import SamplerConfig
 from rum.tune.samplers import build_sampler
-from rum.tune.space import Space, differences, suggest
+from rum.tune.space import Fit, Space, differences, suggest
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -127,9 +127,15 @@ class Study:
     """One Optuna study with the operations that a search needs."""
 
     def __init__(
-        self, storage: optuna.storages.RDBStorage, name: str, space: Space, sampler: SamplerConfig
+        self,
+        storage: optuna.storages.RDBStorage,
+        name: str,
+        space: Space,
+        sampler: SamplerConfig,
+        fit: Fit | None = None,
     ) -> None:
-        """Opens the study, which must exist."""
+        """Opens the study, which must exist; `fit` as `rum.tune.space.suggest` has it."""
+        self._fit = fit
         self.name = name
         self._space = space
         self._sampler = sampler
@@ -208,7 +214,7 @@ class Study:
 
     def _suggest(self, trial: optuna.Trial) -> TrialSpec:
         self._open[trial.number] = trial
-        parameters = suggest(trial, self._space)
+        parameters = suggest(trial, self._space, self._fit)
         return TrialSpec(trial.number, parameters, trial.user_attrs.get(ORIGIN))
 
     def report(self, number: int, epoch: int, value: float) -> None:
