@@ -402,6 +402,12 @@ def test_one_bound_is_changed_from_the_command_line_and_the_rest_stays() -> None
     assert after == before
 
 
+@pytest.mark.parametrize("share", ["auto", 1, 0.25])
+def test_the_share_of_a_gpu_is_a_number_or_a_word(share: str | float) -> None:
+    given = options("tune_ptb", f"search.gpus_per_trial={share}").search.gpus_per_trial
+    assert (type(given), given) == (type(share), share)
+
+
 def test_a_misspelt_word_of_a_domain_is_refused() -> None:
     with pytest.raises(ConfigCompositionException, match="space"):
         compose("tune_ptb", ["preset=quick", "space={model.hidden_size: {hi: 80}}"])
