@@ -1,5 +1,7 @@
 """Rotation, time normalisation and zoneout: the pure tensor functions a RUM is made of."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,13 @@ SQUARED_NORM_FLOOR = 1e-12
 def _full_precision(tensor: Tensor) -> Tensor:
     """Half-precision numbers as float32: floors and 1/(1 + cos) would underflow in them."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Keeps products in the dtype of their operands, also where there is no autocast ("meta")."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _unit(vector: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -105,7 +114,7 @@ def accumulate_rotation(
     full = _full_precision(memory)
     directions = torch.stack((r, w), -1)
     # Autocast would take the products in half precision, and the memory would lose its norm.
-    with torch.autocast(memory.device.type, enabled=False):
+    with without_autocast(memory.device):
         onto_r, onto_w = (full @ directions).unbind(-1)  # memory r and memory w, (B, N)
         first = scale_r * onto_r
         second = scale_w * (onto_w - (r * w).sum(-1, keepdim=True) * first)
@@ -142,7 +151,7 @@ def leak_rotation(memory: Tensor, lambda_: float | Tensor) -> Tensor:
     """
     full = _full_precision(memory)
     identity = torch.eye(full.shape[-1], dtype=full.dtype, device=full.device)
-    with torch.autocast(memory.device.type, enabled=False):
+    with without_autocast(memory.device):
         # Both factors are functions of R, so they commute: solve from the left.
         numerator = (1 + lambda_) * full + (1 - lambda_) * identity
         denominator = (1 - lambda_) * full + (1 + lambda_) * identity
@@ -161,7 +170,7 @@ def orthonormalize(memory: Tensor) -> Tensor:
     Returns:
         `(..., N, N)`: 1.5 R - 0.5 R R' R.
     """
-    with torch.autocast(memory.device.type, enabled=False):
+    with without_autocast(memory.device):
         full = _full_precision(memory)
         return (1.5 * full - 0.5 * (full @ full.mT) @ full).to(memory.dtype)
 

@@ -176,12 +176,19 @@ def test_help_shows_the_commands_and_the_options(outcomes: Outcomes) -> None:
         assert text in outcome.out
 
 
+def parameters_of_ends(said: str) -> tuple[int, int]:
+    """Of the smallest and the largest trial of a space, as a forecast says them."""
+    counts = [
+        re.search(rf"{end} trial: ([\d,]+) parameters", said) for end in ("Smallest", "Largest")
+    ]
+    low, high = (int(count[1].replace(",", "")) for count in counts if count is not None)
+    return low, high
+
+
 def test_a_dry_run_prints_parameters_hours_and_disk_and_writes_nothing(outcomes: Outcomes) -> None:
     outcome = outcomes["dry run"]
     assert outcome.status == 0, outcome.said
-    counts = re.search(r"Parameters of a trial: ([\d,]+) to ([\d,]+), median", outcome.said)
-    assert counts is not None
-    low, high = (int(count.replace(",", "")) for count in counts.groups())
+    low, high = parameters_of_ends(outcome.said)
     assert 1e4 < low < high < 1e5
     assert re.search(r"Forecast: \d+ minutes with early stopping .* at most \d+", outcome.said)
     assert re.search(r"disk \d+\.\d GiB of \d+ GiB free", outcome.said)
@@ -194,9 +201,7 @@ def test_a_dry_run_of_the_full_search_finds_penn_treebank(outcomes: Outcomes) ->
     outcome = outcomes["full dry run"]
     assert outcome.status == 0, outcome.said
     assert "Corpus: ptb" in outcome.said
-    counts = re.search(r"Parameters of a trial: ([\d,]+) to ([\d,]+), median", outcome.said)
-    assert counts is not None
-    low, high = (int(count.replace(",", "")) for count in counts.groups())
+    low, high = parameters_of_ends(outcome.said)
     assert 5e5 < low < high < 6e7  # one layer of 500 units to two of 2,500
     assert re.search(r"Forecast: [\d,]+ hours with early stopping", outcome.said)
     assert outcome.written == set()

@@ -15,7 +15,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 from optuna.samplers import RandomSampler
 
-from rum.cells import MODELS
+from rum.cells import MODELS, StoryLayout
 from rum.configs import register_configs
 from rum.errors import ConfigError
 from rum.experiment import ExperimentConfig
@@ -32,6 +32,7 @@ from rum.tune.config import (
     ResumeConfig,
     SearchConfig,
 )
+from rum.tune.sizing import fitting
 from rum.tune.space import apply, check_space, suggest
 
 ROOT = Path(__file__).parents[1] / "search_spaces"
@@ -66,11 +67,15 @@ def options(primary: str, *overrides: str) -> Any:
 
 
 def search(space: str) -> SearchConfig:
-    """The search that takes a space by default; for `memory` that of bAbI: every model does it."""
+    """The search that takes a space by default; for `memory` that of bAbI: every model does it.
+
+    A space that is no preset's own is chosen by name.
+    """
     model, variant = space.split("__")
     pipeline = "tune_babi" if variant == "memory" else "tune_ptb"
-    preset = "quick" if variant == "memory" else variant
-    config = options(pipeline, f"model={model}", f"preset={preset}")
+    preset = variant if variant in PRESETS else "quick"
+    by_name = [] if variant in (*PRESETS, "memory") else [f"space={space}"]
+    config = options(pipeline, f"model={model}", f"preset={preset}", *by_name)
     assert isinstance(config, SearchConfig)
     return config
 
@@ -120,7 +125,12 @@ def test_every_folder_is_a_group_of_options_that_some_pipeline_has() -> None:
 
 def test_every_model_has_a_space_and_every_space_a_model() -> None:
     assert {space.split("__")[0] for space in SPACES} == set(MODELS)
-    assert {space.split("__")[1] for space in SPACES} == {*PRESETS, "memory"}
+    by_default = {space for space in SPACES if space.split("__")[1] in (*PRESETS, "memory")}
+    assert set(SPACES) - by_default == {
+        "rum__schedule",
+        "fs_rum__cells",
+        "fs_rum__budget",
+    }
 
 
 def test_the_family_of_the_paper_has_a_space_everywhere() -> None:
@@ -347,13 +357,31 @@ def test_every_sample_of_a_space_is_a_valid_experiment_with_just_its_values(spac
     base = ExperimentConfig(model=config.model, task=config.task, training=config.training)
     before = flatten(base)
     study = optuna.create_study(sampler=RandomSampler(seed=0))
-    drawn = [suggest(study.ask(), config.space) for _ in range(200)]
+    sizes = ModelSizes(
+        vocab_size=50,
+        num_classes=50,
+        embedding_size=32,
+        initialization="orthogonal",
+        story=StoryLayout(question_length=4, sentence_ends=(1,)),
+    )
+    fit = fitting(base, sizes)
+    drawn = [suggest(study.ask(), config.space, fit) for _ in range(200)]
+    models = {}
     for values in drawn:
-        assert flatten(apply(base, values)) == {**before, **values}
+        experiment = apply(base, values)
+        assert flatten(experiment) == {**before, **values}
+        models[repr(experiment.model)] = experiment.model
+    budget = next((each.parameters for each in config.space.values() if each.parameters), None)
+    for model in models.values():
+        count = count_parameters(build_on_meta(model, sizes))
+        assert count == (pytest.approx(budget, rel=0.01) if budget else count)
     assert {name for values in drawn for name in values} == set(config.space)
     for name, domain in config.space.items():
         for values in drawn:
-            holds = all(values.get(k) == v for k, v in (domain.when or {}).items())
+            holds = all(
+                k in values and (values[k] in v if isinstance(v, list) else values[k] == v)
+                for k, v in (domain.when or {}).items()
+            )
             assert (name in values) is holds
 
 
@@ -372,6 +400,12 @@ def test_one_bound_is_changed_from_the_command_line_and_the_rest_stays() -> None
     assert after["model.hidden_size"].high == 80
     after["model.hidden_size"].high = before["model.hidden_size"].high
     assert after == before
+
+
+@pytest.mark.parametrize("share", ["auto", 1, 0.25])
+def test_the_share_of_a_gpu_is_a_number_or_a_word(share: str | float) -> None:
+    given = options("tune_ptb", f"search.gpus_per_trial={share}").search.gpus_per_trial
+    assert (type(given), given) == (type(share), share)
 
 
 def test_a_misspelt_word_of_a_domain_is_refused() -> None:

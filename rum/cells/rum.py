@@ -30,6 +30,7 @@ from rum.functional import (
     orthonormalize,
     rotate,
     time_normalize,
+    without_autocast,
     zoneout,
 )
 from rum.kernels.backends import Request
@@ -250,7 +251,7 @@ class RUMCell(AcceleratedCell):
             turned = rotate(embedded, target, hidden)
         else:
             accumulated = accumulate_rotation(self._power(state[1]), embedded, target)
-            with torch.autocast(hidden.device.type, enabled=False):
+            with without_autocast(hidden.device):
                 vector = hidden.to(accumulated.dtype).unsqueeze(-1)
                 turned = (accumulated @ vector).squeeze(-1).to(hidden.dtype)
             memory = (accumulated,)
@@ -276,7 +277,7 @@ class RUMCell(AcceleratedCell):
         elif self.lambda_ < 1:
             memory = leak_rotation(memory, self.lambda_)
         else:
-            with torch.autocast(memory.device.type, enabled=False):
+            with without_autocast(memory.device):
                 memory = torch.linalg.matrix_power(memory, int(self.lambda_))
         return orthonormalize(memory) if self.orthonormalize else memory
 

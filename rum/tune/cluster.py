@@ -19,8 +19,8 @@ from rum.tune.terminal import say
 
 
 def resources(config: SearchConfig) -> dict[str, float]:
-    """What a trial takes of the machine, in Ray's words."""
-    gpus = config.search.gpus_per_trial
+    """What a trial takes of the machine, in Ray's words; its share of a GPU is a number here."""
+    gpus = float(config.search.gpus_per_trial)
     if config.training.device.startswith("cuda") and gpus == 0:
         gpus = 1.0
     return {"CPU": config.search.cpus_per_trial, "GPU": gpus}

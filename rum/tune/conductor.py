@@ -14,7 +14,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from rum.errors import CheckpointError
+from rum.errors import CheckpointError, StudyError
 from rum.experiment import ExperimentConfig
 from rum.parameters import flatten
 from rum.tasks import Task
@@ -23,11 +23,13 @@ from rum.training.loop import Report
 from rum.tune import messages
 from rum.tune.capsule import FILE as CAPSULE_FILE
 from rum.tune.capsule import make_capsule
+from rum.tune.limits import Limits
 from rum.tune.messages import Workplace
 from rum.tune.provenance import trial_tags
 from rum.tune.schedulers import Population, Scheduler, Verdict
 from rum.tune.space import apply
 from rum.tune.study import (
+    INFEASIBLE,
     ORIGIN,
     PAUSED,
     REASON,
@@ -35,6 +37,7 @@ from rum.tune.study import (
     RUNG,
     Study,
     TrialSpec,
+    is_infeasible,
     is_paused,
     is_sound,
     run_status,
@@ -51,6 +54,9 @@ from rum.tune.tracking import (
 
 logger = logging.getLogger(__name__)
 
+REFUSALS_PER_TRIAL = 10
+"""So many infeasible candidates in a row, for each trial of the study, end a search."""
+
 
 class Conductor:
     """Runs the books of one search."""
@@ -63,6 +69,7 @@ class Conductor:
         scheduler: Scheduler,
         tracker: Tracker,
         workplace: Workplace,
+        limits: Limits | None = None,
     ) -> None:
         """Takes over a study: what an earlier driver left open is queued first.
 
@@ -73,6 +80,7 @@ class Conductor:
             scheduler: Empty; filled here from the study.
             tracker: MLflow.
             workplace: Where the trials' checkpoints are.
+            limits: What a candidate may take; None admits all.
         """
         self._study = study
         self._base = base
@@ -82,6 +90,8 @@ class Conductor:
         self._scheduler = scheduler
         self._tracker = tracker
         self._workplace = workplace
+        self._limits = limits
+        self._refused_in_a_row = 0
         self._last_epoch: dict[int, int] = {}
         self._running: dict[int, TrialSpec] = {}
         self._paused: dict[int, int] = {}
@@ -97,7 +107,11 @@ class Conductor:
                 self._paused[trial.number] = trial.user_attrs[PAUSED]
             else:
                 self._adopted.append(trial)
-        self._asked = len(study.trials()) - len(study.trials(TrialState.WAITING))
+        self._asked = len(study.ended()) + len(self._adopted) + len(self._paused)
+        # A driver may have died between queueing a successor and counting it.
+        if isinstance(scheduler, Population):
+            waiting = len(study.trials(TrialState.WAITING))
+            study.target = max(study.target, self._asked + waiting)
         # A driver may have died between queueing a successor and counting it.
         if isinstance(scheduler, Population):
             study.target = max(study.target, len(study.trials()))
@@ -135,8 +149,7 @@ class Conductor:
     @property
     def num_ended(self) -> int:
         """Trials that have ended."""
-        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-        return len(self._study.trials(*states))
+        return len(self._study.ended())
 
     @property
     def num_open(self) -> int:
@@ -144,7 +157,20 @@ class Conductor:
         return max(0, self._study.target - self.num_ended)
 
     def next_trial(self) -> TrialSpec | None:
-        """The next trial to start or to go on with, None while there is none: see `is_done`."""
+        """The next trial to start, None when all have been.
+
+        Raises:
+            StudyError: If too many candidates in a row are beyond the limits.
+        """
+        while (spec := self._open_next()) is not None:
+            self._running[spec.number] = spec
+            self._start_run(spec.number, spec.parameters, spec.origin)
+            if not self._refuse(spec):
+                self._log_missing(spec.number, self._last_epoch[spec.number])
+                return spec
+        return None
+
+    def _open_next(self) -> TrialSpec | None:
         is_idle = self._asked >= self._study.target
         if self._adopted:
             spec = self._taken_up(self._adopted.pop(0))
@@ -159,9 +185,6 @@ class Conductor:
             if not self._running:
                 self._end_paused()
             return None
-        self._running[spec.number] = spec
-        self._start_run(spec.number, spec.parameters, spec.origin)
-        self._log_missing(spec.number, self._last_epoch[spec.number])
         return spec
 
     @property
@@ -172,8 +195,9 @@ class Conductor:
     def _taken_up(self, frozen: FrozenTrial) -> TrialSpec:
         """Opens a trial that has begun."""
         spec = self._study.adopt(frozen)
-        if RUNG in frozen.user_attrs:  # a stop that was noted and not reported: judged anew
-            self._study.note(spec.number, RUNG, None)
+        for noted in (RUNG, REASON):  # an end that was noted and not reached: judged anew
+            if noted in frozen.user_attrs:
+                self._study.note(spec.number, noted, None)
         self._last_epoch[spec.number] = max(frozen.intermediate_values, default=0)
         return spec
 
@@ -184,6 +208,29 @@ class Conductor:
             self._study.note(number, RUNG, epoch)
             self._close(number, TrialState.PRUNED, _why_stopped(self._study.trial(number)))
         self._paused.clear()
+
+    def _refuse(self, spec: TrialSpec) -> bool:
+        """Ends a candidate that is beyond the limits; one that has begun to train goes on."""
+        number = spec.number
+        if self._limits is None or spec.origin is not None or self._last_epoch[number]:
+            return False
+        verdict = self._limits.judge(apply(self._base, spec.parameters))
+        self._study.constrain(number, verdict.excess)
+        if verdict.reason is None:
+            self._refused_in_a_row = 0
+            return False
+        self._end(number, TrialState.PRUNED, reason=verdict.reason, worker={})
+        del self._last_epoch[number]
+        self._asked -= 1
+        self._refused_in_a_row += 1
+        most = REFUSALS_PER_TRIAL * self._study.target
+        if self._refused_in_a_row >= most:
+            raise StudyError(
+                f"{most} candidates in a row were infeasible, the last with "
+                f"{verdict.reason.partition(': ')[2]}: nearly all of the space is beyond "
+                "search.max_parameters or search.max_memory_gigabytes"
+            )
+        return True
 
     def _start_run(
         self, number: int, parameters: dict[str, Any], origin: dict[str, Any] | None
@@ -295,9 +342,10 @@ class Conductor:
             self._tracker.log_best(self._metric, best.value, self.num_ended)
 
     def _end_run(self, trial: FrozenTrial, worker: dict[str, Any] | None = None) -> None:
-        reason = str(trial.user_attrs.get(REASON, ""))
+        reason = str(trial.user_attrs.get(REASON) or "")
         attributes = {k: v for k, v in trial.user_attrs.items() if k != REASON}
-        tags = {"rum.state": trial.state.name, ATTRIBUTES_TAG: json.dumps(attributes)}
+        state = INFEASIBLE if is_infeasible(trial) else trial.state.name
+        tags = {"rum.state": state, ATTRIBUTES_TAG: json.dumps(attributes)}
         if reason:
             tags["rum.reason"] = reason
         if trial.user_attrs.get(RUNG) is not None:
@@ -326,11 +374,15 @@ class Conductor:
             "running": len(self._running),
             "paused": len(self._paused),
             "finished": sum(t.state == TrialState.COMPLETE for t in trials),
-            "stopped early": sum(t.state == TrialState.PRUNED and is_sound(t) for t in trials),
+            "stopped early": sum(
+                t.state == TrialState.PRUNED and is_sound(t) and not is_infeasible(t)
+                for t in trials
+            ),
             "failed": sum(
                 t.state == TrialState.FAIL or (t.state == TrialState.PRUNED and not is_sound(t))
                 for t in trials
             ),
+            "infeasible": sum(map(is_infeasible, trials)),
         }
         parts = [f"{self.num_ended}/{self._study.target} trials"]
         parts += [f"{count} {name}" for name, count in counts.items() if count]

@@ -12,6 +12,7 @@ from rum.train import TrackingConfig
 
 SAMPLERS = ("random", "tpe", "cmaes", "gp", "qmc", "nsga2")
 SCHEDULERS = ("none", "asha", "promotion", "hyperband", "median", "pbt")
+AUTO = "auto"
 
 
 @dataclass(kw_only=True)
@@ -27,7 +28,11 @@ class Domain:
     choices: list[Any] | None = None
     """Of "categorical"; a single choice fixes the option."""
     when: dict[str, Any] | None = None
-    """Searched only while these other options, named above it, have these values."""
+    """Searched only while these other options, named above it, have these values (of a list, one
+    of them) and are searched themselves."""
+    parameters: int | None = None
+    """Of "int": not sampled but solved, between low and high, after all other options, so that the
+    model has as many trainable parameters, within 1 %."""
 
 
 @dataclass(kw_only=True)
@@ -86,8 +91,10 @@ class SearchOptions:
     """Trials at a time; null: as many as fit the CPUs (and GPUs) that are free."""
     cpus_per_trial: int = 1
     """CPU cores of a trial, and torch's threads (training.threads follows)."""
-    gpus_per_trial: float = 0.0
-    """Share of a GPU of a trial; with training.device=cuda 0 counts as 1."""
+    gpus_per_trial: int | float | str = 0.0
+    """Share of a GPU of a trial; with training.device=cuda 0 counts as 1. "auto": the smallest of
+    1, 1/2, 1/3, 1/4, 1/6 and 1/8 in which the largest trial of the space fits, as predicted. A
+    trial cannot allocate more than a share below 1."""
     max_failures: int = 3
     """Times that a trial whose process died goes on from its last checkpoint."""
     deterministic: bool = False
@@ -95,6 +102,11 @@ class SearchOptions:
     time, also after interruptions. Needs max_concurrent; trials may train beyond their end."""
     disk_reserve_gigabytes: float = 2.0
     """Start no search that would leave less than this free on the disk of `output_dir`."""
+    max_parameters: int | None = None
+    """A candidate with more is refused before it trains and does not count as a trial."""
+    max_memory_gigabytes: float | None = None
+    """The same for its predicted memory, in 1e9 bytes; null: on CUDA its share of the card, on
+    the CPU no limit."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
@@ -107,13 +119,18 @@ class SearchOptions:
                 "first depends on how many run at a time"
             )
         check_at_least("search.cpus_per_trial", self.cpus_per_trial, 1)
-        if not 0.0 <= self.gpus_per_trial:
-            raise ConfigError(f"search.gpus_per_trial must be >= 0, got {self.gpus_per_trial}")
+        share = self.gpus_per_trial
+        if share != AUTO and (isinstance(share, str) or not 0.0 <= share):
+            raise ConfigError(f"search.gpus_per_trial must be >= 0 or {AUTO!r}, got {share!r}")
         check_at_least("search.max_failures", self.max_failures, 0)
         if not 0.0 <= self.disk_reserve_gigabytes:
             raise ConfigError(
                 f"search.disk_reserve_gigabytes must be >= 0, got {self.disk_reserve_gigabytes}"
             )
+        if self.max_parameters is not None:
+            check_at_least("search.max_parameters", self.max_parameters, 1)
+        if self.max_memory_gigabytes is not None:
+            check_positive("search.max_memory_gigabytes", self.max_memory_gigabytes)
 
 
 @dataclass(kw_only=True)

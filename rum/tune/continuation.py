@@ -7,7 +7,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from rum.errors import ConfigError, StudyError
-from rum.experiment import ExperimentConfig, experiment_from_plain
+from rum.experiment import ExperimentConfig, experiment_from_plain, model_sizes
 from rum.parameters import nearest, replace, unflatten
 from rum.training.checkpoint import Checkpoint, CheckpointStore
 from rum.tune.config import (
@@ -20,6 +20,7 @@ from rum.tune.config import (
 )
 from rum.tune.messages import Workplace
 from rum.tune.search import check_machine, conduct, define
+from rum.tune.sizing import fitting
 from rum.tune.study import (
     ORIGIN,
     Study,
@@ -45,6 +46,9 @@ def continue_best(config: ResumeConfig) -> str:
         ConfigError: If `max_epochs` does not grow, or a change touches a searched option.
         StudyError: If there is no such study, or it has fewer trials than `top`.
     """
+    for limit in ("max_parameters", "max_memory_gigabytes"):
+        if getattr(config.search, limit) is not None:
+            raise ConfigError(f"search.{limit} has no effect here: trials continue as they are")
     output_dir = output_folder(config.output_dir)
     if not output_dir.is_dir():
         raise StudyError(f"there is no study {config.study!r}: {output_dir} is no folder")
@@ -70,13 +74,14 @@ def continue_best(config: ResumeConfig) -> str:
             f"study {config.study} was made on other data: checksum "
             f"{origin_study.definition['data_checksum']}, now {task.checksum}"
         )
-    check_machine(search, task, output_dir)
+    search = check_machine(search, task, output_dir)
     client, experiment_id = connect(config.tracking, output_dir)
     definition = define(search, task)
     name = f"{config.study}-to-{search.training.max_epochs}"
     with locked(output_dir / "studies" / name):
         ensure_study(storage, name, definition)
-        study = Study(storage, name, search.space, search.sampler)
+        fit = fitting(search, model_sizes(task))
+        study = Study(storage, name, search.space, search.sampler, fit)
         check_definition(study, definition)
         claim_folder(output_dir / "studies" / name, study)
         queued = {trial.user_attrs[ORIGIN]["trial"] for trial in study.trials()}

@@ -18,6 +18,8 @@ class Workplace:
     """The study's folder."""
     data_dir: str | None
     """Where corpora are looked for first."""
+    gpus_per_trial: float = 0.0
+    """Below 1: the share of a GPU that a trial may fill."""
 
     def trial_folder(self, number: int) -> Path:
         """Where a trial's checkpoints are."""

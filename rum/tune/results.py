@@ -23,7 +23,7 @@ def best_trials(study: Study, task: Task) -> str:
     names = sorted({name for trial in ranked for name in trial.params})
     header = ["trial", task.metric, "epochs", "ended", *names]
     rows = [header, *(_row(trial, names) for trial in ranked)]
-    lines = [f"Best trials of {study.name}:", *_columns(rows)]
+    lines = [f"Best trials of {study.name}:", *columns(rows)]
     for name, value in task.baselines().items():
         lines.append(f"  {name} baseline: {value:.4f} {task.metric}")
     return "\n".join(lines)
@@ -35,6 +35,18 @@ def failures(study: Study) -> list[str]:
         f"trial {trial.number} failed: {str(trial.user_attrs.get(REASON)).splitlines()[0]}"
         for trial in study.trials(TrialState.FAIL, TrialState.PRUNED)
         if trial.state == TrialState.FAIL or not is_sound(trial)
+    ]
+
+
+def refusals(study: Study) -> list[str]:
+    """How many candidates were infeasible and the first of them; nothing where none was."""
+    refused = study.refused()
+    if not refused:
+        return []
+    first = refused[0]
+    return [
+        f"{len(refused)} candidates were not trained, the first: "
+        f"trial {first.number} {first.user_attrs[REASON]}"
     ]
 
 
@@ -90,7 +102,7 @@ def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows side by side; a wide table is turned, one trial a column."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     if sum(widths) + 2 * len(widths) > 110:

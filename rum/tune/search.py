@@ -15,13 +15,12 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
 from ray import tune
 from ray.exceptions import RayError
 from sqlalchemy.exc import SQLAlchemyError
 
 from rum.errors import CheckpointError, ConfigError, RumError, StudyError
-from rum.experiment import ExperimentConfig, check_device
+from rum.experiment import ExperimentConfig, check_device, model_sizes
 from rum.parameters import flatten, nearest
 from rum.tasks import CharacterLMConfig, Task
 from rum.train import task_slug
@@ -29,15 +28,19 @@ from rum.training.checkpoint import CheckpointStore
 from rum.tune.cluster import check_ray_address, concurrent, resources, running_ray
 from rum.tune.conductor import Conductor
 from rum.tune.config import SearchConfig, output_folder
-from rum.tune.forecast import check_disk, forecast
+from rum.tune.forecast import calibrate, check_disk, forecast
+from rum.tune.limits import check_feasible, limits_of, with_share
 from rum.tune.logical_order import LogicalOrder
 from rum.tune.messages import Workplace
+from rum.tune.pareto import fronts, to_json
+from rum.tune.prediction import Predictor
 from rum.tune.provenance import common_tags
 from rum.tune.ray_adapters import ConductedScheduler, ConductedSearcher, ProgressCallback
 from rum.tune.rebuild import read_study, rebuild
 from rum.tune.registry import register
-from rum.tune.results import best_trials, failures, next_commands, resume_command
+from rum.tune.results import best_trials, failures, next_commands, refusals, resume_command
 from rum.tune.schedulers import build_scheduler
+from rum.tune.sizing import fitting
 from rum.tune.space import check_space, space_to_plain
 from rum.tune.study import (
     Study,
@@ -92,10 +95,9 @@ def run_search(config: SearchConfig) -> str:
     """
     config = _located(config)
     check_space(config, config.space)
-    data_dir = Path(config.data_dir).absolute() if config.data_dir else None
-    task = config.task.load(seed=config.training.seed, data_dir=data_dir)
+    task = config.task.load(seed=config.training.seed, data_dir=_data_dir(config))
     output_dir = output_folder(config.output_dir)
-    check_machine(config, task, output_dir)
+    config = check_machine(config, task, output_dir)
     if config.dry_run:
         return "Dry run: nothing was started."
 
@@ -112,27 +114,44 @@ def run_search(config: SearchConfig) -> str:
             recorded = read_study(client, experiment_id, name, definition, folders / name)
             say(rebuild(storage, recorded))
         ensure_study(storage, name, definition)
-        study = Study(storage, name, config.space, config.sampler)
+        fit = fitting(config, model_sizes(task))
+        study = Study(storage, name, config.space, config.sampler, fit)
         check_definition(study, definition)
         claim_folder(folders / name, study)
         say(_set_target(study, config))
         return conduct(config, study, task, client, experiment_id)
 
 
-def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> None:
-    """Says what the search will cost, and raises ConfigError if it cannot run here."""
+def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> SearchConfig:
+    """Says what the search will cost.
+
+    Returns:
+        The search with the share of a GPU that each trial gets as a number.
+
+    Raises:
+        ConfigError: If it cannot run here, or nothing of the space is within its limits.
+    """
     check_device(config.training.device)
     if not config.dry_run:
         _check_writable(output_dir)
         check_ray_address()
+    predictor = Predictor(config, task, _data_dir(config))
+    config = with_share(config, predictor)
+    limits = limits_of(config, predictor)
+    check_feasible(config, limits)
     machine = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
-    prediction = forecast(config, task, output_dir, concurrent(config, machine))
+    prediction = forecast(config, task, output_dir, concurrent(config, machine), limits)
     say(f"Corpus: {task.corpus} ({task.source}); {task.protocol}")
     for line in config.setting.lines():
         say(line)
     say(str(prediction))
     if not config.dry_run:
         check_disk(prediction, config.search.disk_reserve_gigabytes)
+    return config
+
+
+def _data_dir(config: SearchConfig) -> Path | None:
+    return Path(config.data_dir).absolute() if config.data_dir else None
 
 
 def _located(config: SearchConfig) -> SearchConfig:
@@ -208,7 +227,7 @@ def _study_name(config: SearchConfig, task: Task, storage: RDBStorage) -> str:
 def _set_target(study: Study, config: SearchConfig) -> str:
     """Decides how many trials the study is to have, and says so."""
     asked = config.search.num_trials
-    ended = len(study.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL))
+    ended = len(study.ended())
     before = study.target
     if before == 0:
         study.target = asked
@@ -244,7 +263,9 @@ def conduct(
     output_dir = output_folder(config.output_dir)
     base = ExperimentConfig(model=config.model, task=config.task, training=config.training)
     folder = output_dir / "studies" / study.name
-    workplace = Workplace(dataclasses.asdict(base), str(folder), config.data_dir)
+    workplace = Workplace(
+        dataclasses.asdict(base), str(folder), config.data_dir, resources(config)["GPU"]
+    )
     # From here on the study's id, not its name, says which runs are its own.
     tracker = Tracker(
         client,
@@ -268,7 +289,10 @@ def conduct(
     try:
         with _outside_errors_explained(resume_command(config.command, study.name)):
             scheduler = build_scheduler(config, task)
-            conductor = Conductor(study, base, task, scheduler, tracker, workplace)
+            predictor = Predictor(base, task, _data_dir(config))
+            calibrate(predictor, base, study, client, experiment_id)
+            limits = limits_of(config, predictor)
+            conductor = Conductor(study, base, task, scheduler, tracker, workplace, limits)
             if conductor.num_open:
                 with running_ray() as machine:
                     order = _order(config, conductor, study)
@@ -280,13 +304,25 @@ def conduct(
                 tracker.flush()
                 run_id = tracker.run_id(best.number)
                 _register(config, task, client, run_id, workplace.trial_folder(best.number))
+            found = fronts(study, base, task, workplace)
+            if found:
+                tracker.log_text(to_json(found), "pareto.json")
+                areas = {f"pareto/hypervolume_{each.cost}": each.hypervolume for each in found}
+                tracker.log_summary(areas, conductor.num_ended)
     finally:
         if conductor is not None:
             conductor.interrupt()
         tracker.close(status)
     if not conductor.num_open:
         study.conclude()
-    parts = [best_trials(study, task), *failures(study), "", next_commands(config, study, task)]
+    parts = [
+        best_trials(study, task),
+        *map(str, found),
+        *failures(study),
+        *refusals(study),
+        "",
+        next_commands(config, study, task),
+    ]
     summary = "\n".join(parts)
     if conductor.num_open:
         raise InterruptedSearchError(

@@ -1,7 +1,8 @@
 """Search spaces: checked against the typed configuration before anything starts, then sampled."""
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import optuna
@@ -12,6 +13,9 @@ from rum.parameters import flatten, nearest, replace
 from rum.tune.config import Domain
 
 Space = Mapping[str, Domain]
+
+Fit = Callable[[Mapping[str, Any], str, Domain], int]
+"""Solves a domain with `parameters`: from a trial's other values, its name and itself."""
 
 _Config = TypeVar("_Config", bound=ExperimentConfig)
 
@@ -44,16 +48,29 @@ def check_space(base: ExperimentConfig, space: Space) -> None:
         if name in NOT_SEARCHABLE:
             raise ConfigError(f"{where} cannot be searched: {NOT_SEARCHABLE[name]}")
         _check_domain(where, domain)
-        conditions = _conditions(where, domain, seen)
-        for value in _extremes(domain):
+        for branch, value in itertools.product(_branches(where, domain, seen), _extremes(domain)):
             try:
-                replace(base, {**conditions, name: value})
+                replace(base, {**branch, name: value})
             except ConfigError as error:
-                raise ConfigError(f"{where} = {value!r} is not valid: {error}") from error
+                under = "".join(f", {key} = {held!r}" for key, held in branch.items())
+                raise ConfigError(f"{where} = {value!r}{under} is not valid: {error}") from error
         seen[name] = domain
+    solved = [name for name, domain in space.items() if domain.parameters is not None]
+    if len(solved) > 1:
+        raise ConfigError(f"space: one option can be solved for parameters, got {solved}")
 
 
 def _check_domain(where: str, domain: Domain) -> None:
+    if domain.parameters is not None and (
+        domain.parameters < 1
+        or domain.type != "int"
+        or domain.step is not None
+        or domain.log
+        or domain.when
+    ):
+        raise ConfigError(
+            f"{where}: parameters must be >= 1 and belong to an int domain with low and high only"
+        )
     if domain.type == "categorical":
         if not domain.choices:
             raise ConfigError(f"{where}: a categorical domain must have choices, got none")
@@ -91,24 +108,50 @@ def _extremes(domain: Domain) -> list[Any]:
     return [convert(domain.low), convert(domain.high)]
 
 
-def _conditions(where: str, domain: Domain, seen: Space) -> dict[str, Any]:
-    for name, value in (domain.when or {}).items():
+def _branches(where: str, domain: Domain, seen: Space) -> list[dict[str, Any]]:
+    """Every way to meet a domain's conditions, those of the options in them included."""
+    branches: list[dict[str, Any]] = [{}]
+    for name, wanted in (domain.when or {}).items():
         if name not in seen:
             raise ConfigError(
                 f"{where}: when must name options that stand above it in the space, "
                 f"got {name!r}{nearest(name, seen)}"
             )
         choices = seen[name].choices
-        if choices is None or value not in choices:
-            raise ConfigError(f"{where}: when {name} = {value!r}, which is none of {choices}")
-    return dict(domain.when or {})
+        for value in _alternatives(wanted):
+            if choices is None or value not in choices:
+                raise ConfigError(f"{where}: when {name} = {value!r}, which is none of {choices}")
+        branches = [
+            {**branch, **above, name: value}
+            for branch in branches
+            for value in _alternatives(wanted)
+            for above in _branches(where, seen[name], seen)
+            if all(branch.get(k, v) == v for k, v in {**above, name: value}.items())
+        ]
+    if not branches:
+        raise ConfigError(
+            f"{where}: its conditions and those of the options in them never hold together"
+        )
+    return branches
 
 
-def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
-    """Samples all options whose condition holds; for a trial that has some already, the rest."""
+def _alternatives(wanted: Any) -> list[Any]:
+    """The values of a condition: a list means any of them."""
+    return list(wanted) if isinstance(wanted, list) else [wanted]
+
+
+def suggest(trial: optuna.Trial, space: Space, fit: Fit | None = None) -> dict[str, Any]:
+    """Samples all options whose condition holds; for a trial that has some already, the rest.
+
+    Args:
+        trial: Optuna's.
+        space: What is searched.
+        fit: Must be given where a domain has `parameters`. Optuna records what it solves as an
+            option with one value, which no sampler sees.
+    """
     values: dict[str, Any] = {}
     for name, domain in space.items():
-        if any(values.get(key) != value for key, value in (domain.when or {}).items()):
+        if domain.parameters is not None or not _applies(domain, values):
             continue
         if domain.choices is not None:
             values[name] = trial.suggest_categorical(name, domain.choices)
@@ -120,6 +163,8 @@ def suggest(trial: optuna.Trial, space: Space) -> dict[str, Any]:
         else:
             low, high = _extremes(domain)
             values[name] = trial.suggest_float(name, low, high, step=domain.step, log=domain.log)
+    for name, size in _solved(space, values, fit).items():
+        values[name] = trial.suggest_int(name, size, size)
     return values
 
 
@@ -133,6 +178,58 @@ def distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
             low, high, log=domain.log, step=int(domain.step or 1)
         )
     return optuna.distributions.FloatDistribution(low, high, log=domain.log, step=domain.step)
+
+
+def _solved(space: Space, values: Mapping[str, Any], fit: Fit | None) -> dict[str, int]:
+    solved = {}
+    for name, domain in space.items():
+        if domain.parameters is not None:
+            assert fit is not None, f"{name} is to be solved"
+            solved[name] = fit(values, name, domain)
+    return solved
+
+
+def _applies(domain: Domain, values: Mapping[str, Any]) -> bool:
+    """Whether an option is searched beside these values of those above it."""
+    return all(
+        key in values and values[key] in _alternatives(wanted)
+        for key, wanted in (domain.when or {}).items()
+    )
+
+
+def extreme(
+    base: _Config,
+    space: Space,
+    cost: Callable[[_Config], float],
+    *,
+    largest: bool = False,
+    fit: Fit | None = None,
+) -> _Config:
+    """The cheapest experiment of a space, or the dearest.
+
+    One option after the other goes to the end of its domain that costs least (most): that is the
+    extreme of a cost in which each option has its own direction, as memory and size have.
+
+    Args:
+        base: The experiment around the searched options.
+        space: What is searched.
+        cost: Of an experiment; those that it raises ConfigError for are left out.
+        largest: The dearest instead.
+        fit: As in `suggest`.
+    """
+    values: dict[str, Any] = {}
+    for name, domain in space.items():
+        costs: list[tuple[float, Any]] = []
+        is_free = domain.parameters is None and _applies(domain, values)
+        for value in _extremes(domain) if is_free else []:
+            try:
+                costs.append((cost(apply(base, {**values, name: value})), value))
+            except ConfigError:
+                continue
+        if costs:
+            choose = max if largest else min
+            values[name] = choose(costs, key=lambda pair: pair[0])[1]
+    return apply(base, {**values, **_solved(space, values, fit)})
 
 
 def apply(base: _Config, parameters: Mapping[str, Any]) -> _Config:

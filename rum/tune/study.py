@@ -1,12 +1,14 @@
 """A study: Optuna's record of trials, its folder, and the lock that keeps it to one driver."""
 
 import copy
+import dataclasses
 import fcntl
 import json
 import os
 import socket
 import uuid
-from collections.abc import Container, Iterator
+import warnings
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from rum.errors import StudyError
 from rum.tune.config import SamplerConfig
 from rum.tune.database import prepare_database
 from rum.tune.samplers import build_sampler
-from rum.tune.space import Space, differences, suggest
+from rum.tune.space import Fit, Space, differences, suggest
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -34,7 +36,13 @@ PAUSED = "rum.paused"
 """The last epoch after which a trial was paused."""
 RESUMED = "rum.resumed"
 """The last of these epochs from which it went on."""
+INFEASIBLE = "infeasible"
+"""How the reason of a candidate beyond a limit begins."""
 ORIGIN = "rum.origin"
+
+REFUSED_IN_A_ROW = 3
+"""Infeasible candidates after which the next is drawn at random, whatever the sampler: some learn
+from trained trials only and would ask the same again."""
 
 
 def open_storage(output_dir: Path) -> optuna.storages.RDBStorage:
@@ -126,9 +134,15 @@ class Study:
     """One Optuna study with the operations that a search needs."""
 
     def __init__(
-        self, storage: optuna.storages.RDBStorage, name: str, space: Space, sampler: SamplerConfig
+        self,
+        storage: optuna.storages.RDBStorage,
+        name: str,
+        space: Space,
+        sampler: SamplerConfig,
+        fit: Fit | None = None,
     ) -> None:
-        """Opens the study, which must exist."""
+        """Opens the study, which must exist; `fit` as `rum.tune.space.suggest` has it."""
+        self._fit = fit
         self.name = name
         self._space = space
         self._sampler = sampler
@@ -182,6 +196,15 @@ class Study:
         """All trials, or those in some states."""
         return self._study.get_trials(deepcopy=False, states=states or None)
 
+    def ended(self) -> list[FrozenTrial]:
+        """Trials that have ended, infeasible candidates left out: they are no trials."""
+        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+        return [trial for trial in self.trials(*states) if not is_infeasible(trial)]
+
+    def refused(self) -> list[FrozenTrial]:
+        """Candidates that were infeasible."""
+        return [trial for trial in self.trials(TrialState.PRUNED) if is_infeasible(trial)]
+
     def trial(self, number: int) -> FrozenTrial:
         """One of them."""
         return self.trials()[number]
@@ -194,7 +217,10 @@ class Study:
         """Opens the next trial: an enqueued one, else a new sample."""
         waiting = self.trials(TrialState.WAITING)
         number = waiting[0].number if waiting else len(self.trials())
-        self._sampled.sampler = build_sampler(self._sampler, number)
+        last = self.trials()[max(0, number - REFUSED_IN_A_ROW) : number]
+        is_stuck = len(last) == REFUSED_IN_A_ROW and all(map(is_infeasible, last))
+        sampler = dataclasses.replace(self._sampler, name="random") if is_stuck else self._sampler
+        self._sampled.sampler = build_sampler(sampler, number)
         return self._suggest(self._sampled.ask())
 
     def adopt(self, frozen: FrozenTrial) -> TrialSpec:
@@ -204,7 +230,7 @@ class Study:
 
     def _suggest(self, trial: optuna.Trial) -> TrialSpec:
         self._open[trial.number] = trial
-        parameters = suggest(trial, self._space)
+        parameters = suggest(trial, self._space, self._fit)
         return TrialSpec(trial.number, parameters, trial.user_attrs.get(ORIGIN))
 
     def report(self, number: int, epoch: int, value: float) -> None:
@@ -215,9 +241,18 @@ class Study:
         """Records something about a trial, for example why it ends."""
         self._open[number].set_user_attr(key, value)
 
+    def constrain(self, number: int, excess: Mapping[str, float]) -> None:
+        """Tells the sampler how far a trial is beyond each limit, above 0 being infeasible."""
+        trial = self._open[number]
+        for name, value in excess.items():
+            if name not in trial.constraints:
+                trial.set_constraint(name, value)
+
     def finish(self, number: int, state: TrialState, value: float | None = None) -> None:
         """Ends a trial; `value` only with COMPLETE (a pruned trial's is its last report)."""
-        self._study.tell(self._open.pop(number), value, state=state)
+        with warnings.catch_warnings():  # CMA-ES has no use for constraints, and says so each time
+            warnings.filterwarnings("ignore", "Constraints have been set")
+            self._study.tell(self._open.pop(number), value, state=state)
 
     def ranked(self) -> list[FrozenTrial]:
         """Trials with a value, finished or stopped early, best first."""
@@ -265,6 +300,12 @@ def is_paused(trial: FrozenTrial) -> bool:
         and epoch in trial.intermediate_values
         and epoch != trial.user_attrs.get(RESUMED)
     )
+
+
+def is_infeasible(trial: FrozenTrial) -> bool:
+    """Whether a candidate was refused because it is beyond a limit."""
+    reason = str(trial.user_attrs.get(REASON, ""))
+    return trial.state == TrialState.PRUNED and reason.startswith(INFEASIBLE)
 
 
 def is_sound(trial: FrozenTrial) -> bool:

@@ -306,9 +306,13 @@ class Tracker:
 
     def log_best(self, metric: str, value: float, trials: int) -> None:
         """Writes the study's best value so far to the parent run, by number of trials ended."""
+        self.log_summary({f"best/{metric}": value}, trials)
+
+    def log_summary(self, values: Mapping[str, float], trials: int) -> None:
+        """Writes numbers about the whole study to the parent run, by number of trials ended."""
         now = int(time.time() * 1000)
-        point = Metric(f"best/{metric}", value, now, trials)
-        self._enqueue(lambda: self.client.log_batch(self.parent_id, metrics=[point]))
+        points = [Metric(name, value, now, trials) for name, value in values.items()]
+        self._enqueue(lambda: self.client.log_batch(self.parent_id, metrics=points))
 
     def log_text(self, text: str, file: str) -> None:
         """Writes an artifact of the parent run."""

@@ -20,6 +20,7 @@ from rum.tasks import Task
 from rum.training.checkpoint import CheckpointStore, read_checkpoint
 from rum.training.loop import Report
 from rum.tune.messages import CRASHED, DIVERGED, FINISHED, RUNNING, Workplace
+from rum.tune.prediction import allocatable
 from rum.tune.space import apply
 
 
@@ -39,6 +40,8 @@ def run_trial(config: Mapping[str, Any], workplace: Workplace) -> None:
     send = _Sender(number)
     try:
         experiment = apply(experiment_from_plain(workplace.experiment), config["parameters"])
+        if experiment.training.device.startswith("cuda"):
+            _limit_memory(experiment.training.device, workplace.gpus_per_trial)
         _train(experiment, workplace, config, send)
     except DivergedError as error:
         send.end(DIVERGED, f"diverged: {error}")
@@ -65,6 +68,15 @@ def _train(
         lambda report: send.epoch(report, experiment.training.max_epochs),
         begin_from=read_checkpoint(Path(origin["checkpoint"])) if origin else None,
     )
+
+
+def _limit_memory(device: str, share: float) -> None:
+    """Keeps a trial to its share of a GPU, so that it fails by itself and not its neighbours."""
+    torch.cuda.reset_peak_memory_stats(device)  # the process may have run another trial before
+    if 0 < share < 1:
+        total = torch.cuda.get_device_properties(device).total_memory
+        fraction = allocatable(share, total) / total
+        torch.cuda.set_per_process_memory_fraction(fraction, torch.device(device).index)
 
 
 _tasks: dict[tuple[str, int, str | None], Task] = {}

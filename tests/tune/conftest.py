@@ -141,6 +141,8 @@ def check_books(
             open_still = trial.state == TrialState.RUNNING
             left = "paused" if is_paused(trial) else "interrupted"
             state = left if open_still else trial.state.name
+            if str(trial.user_attrs.get("rum.reason")).startswith("infeasible"):
+                state = "infeasible"
             assert run.data.tags["rum.state"] == state
             epochs = sorted(trial.intermediate_values)
             first = epochs[0] if epochs else 1

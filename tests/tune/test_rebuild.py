@@ -12,7 +12,6 @@ import optuna
 import pytest
 from mlflow import MlflowClient
 from optuna.trial import FrozenTrial, TrialState
-from rum.tune.asha import Rungs
 
 from rum.cells import RUMConfig
 from rum.errors import StudyError
@@ -32,6 +31,7 @@ from rum.tune.config import (
 )
 from rum.tune.messages import CRASHED, DIVERGED, FINISHED, RUNNING, Workplace
 from rum.tune.rebuild import RecordedStudy, read_study, rebuild
+from rum.tune.schedulers.halving import Halving
 from rum.tune.search import run_search
 from rum.tune.space import Space, space_to_plain
 from rum.tune.study import Study, ensure_study, open_storage, study_names
@@ -85,7 +85,7 @@ class Driver:
         self.tracker.log_text(json.dumps(self.definition), DEFINITION_FILE)
         self.tracker.tag_study(TARGET_TAG, str(self.study.target))
         workplace = Workplace(dataclasses.asdict(BASE), str(output_dir / "mine"), None)
-        rungs = Rungs([2], 2, "min")
+        rungs = Halving([2], 2, "min")
         self.conductor = Conductor(self.study, BASE, TASK, rungs, self.tracker, workplace)
 
     def start(self) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import signal
@@ -160,6 +161,11 @@ def test_a_search_is_recorded_the_same_in_optuna_and_mlflow(small_search: Make) 
     assert float(version.tags["value"]) == best.value
     assert version.run_id == runs[str(best.number)].info.run_id
     assert f"{best.value:.4f}" in summary
+    artifact = client_of(config).download_artifacts(parent.info.run_id, "pareto.json")
+    for cost, front in json.loads(Path(artifact).read_text()).items():
+        assert front["front"][0]["trial"] == best.number
+        assert parent.data.metrics[f"pareto/hypervolume_{cost}"] == front["hypervolume"]
+        assert f"Pareto front of cross_entropy and {cost.replace('_', ' ')} (hyper" in summary
     for word in ("mlflow ui", "resume=yes", "pipelines/resume.py", "pipelines/evaluate.py"):
         assert word in summary
 

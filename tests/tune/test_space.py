@@ -1,6 +1,7 @@
 """Spaces are checked before anything starts, and sampled as they say."""
 
 import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
@@ -115,6 +116,106 @@ def test_a_conditional_option_is_sampled_only_under_its_condition() -> None:
         assert ("model.eta" in values) is (values["model.layer_norm_gate"] == "post_sigmoid")
         eta = apply(BASE, values).model.eta  # type: ignore[attr-defined]
         assert eta == (0.5 if "model.eta" in values else None)
+
+
+NESTED = {
+    "model.layer_norm": choice(True, False),
+    "model.layer_norm_gate": choice(
+        "post_sigmoid", "pre_sigmoid", when={"model.layer_norm": True}
+    ),
+    "model.eta": choice(0.5, 1.0, when={"model.layer_norm_gate": "post_sigmoid"}),
+    "model.zoneout": number("float", 0.1, 0.2, when={"model.eta": [0.5]}),
+}
+
+
+def test_a_condition_holds_only_where_the_conditions_of_its_options_do() -> None:
+    check_space(BASE, NESTED)
+    samples = sample(NESTED, 200)
+    seen = {tuple(values) for values in samples}
+    norm, gate, eta, zoneout = NESTED
+    assert seen == {(norm,), (norm, gate), (norm, gate, eta), (norm, gate, eta, zoneout)}
+    for values in samples:
+        assert (gate in values) is values[norm]
+        assert (eta in values) is (values.get(gate) == "post_sigmoid")
+        assert (zoneout in values) is (values.get(eta) == 0.5)
+
+
+def test_a_list_of_values_means_any_of_them() -> None:
+    names = choice("constant", "drop", "step", "plateau")
+    factor = number("float", 0.1, 0.5, when={"training.schedule.name": ["drop", "step"]})
+    space = {"training.schedule.name": names, "training.schedule.drop_factor": factor}
+    check_space(BASE, space)
+    for values in sample(space, 60):
+        name = values["training.schedule.name"]
+        assert ("training.schedule.drop_factor" in values) is (name in ("drop", "step"))
+
+
+def test_null_in_a_condition_is_a_value_and_not_the_lack_of_one() -> None:
+    space = {
+        "model.layer_norm": choice(True, False),
+        "model.eta": choice(None, 1.0, when={"model.layer_norm": True}),
+        "model.zoneout": choice(0.1, when={"model.eta": None}),
+    }
+    check_space(BASE, space)
+    for values in sample(space, 60):
+        assert ("model.zoneout" in values) is (
+            "model.eta" in values and values["model.eta"] is None
+        )
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (
+            {**NESTED, "model.activation": choice("relu", when={"model.eta": [0.5, 2.0]})},
+            r"model\.eta = 2\.0, which is none of",
+        ),
+        (
+            {
+                **NESTED,
+                "model.activation": choice(
+                    "relu", when={"model.layer_norm": False, "model.eta": 0.5}
+                ),
+            },
+            "model.activation: its conditions .* never hold together",
+        ),
+    ],
+)
+def test_conditions_that_cannot_hold_are_refused(space: dict[str, Domain], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_space(BASE, space)
+
+
+@dataclass(kw_only=True)
+class PickyTraining(TrainingConfig):
+    """Refuses one combination, which only a branch three conditions deep has."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        schedule = self.schedule
+        if (self.optimizer, schedule.name, schedule.step_epochs) == ("sgd", "step", 9):
+            raise ConfigError("sgd, step and 9 do not go together")
+
+
+def test_every_value_is_checked_in_every_branch_that_leads_to_it() -> None:
+    base = replace(BASE, training=PickyTraining())
+    space = {
+        "training.optimizer": choice("adam", "sgd"),
+        "training.schedule.name": choice(
+            "step", "cosine", when={"training.optimizer": ["adam", "sgd"]}
+        ),
+        "training.schedule.step_epochs": number(
+            "int", 1, 9, when={"training.schedule.name": "step"}
+        ),
+    }
+    with pytest.raises(ConfigError) as error:
+        check_space(base, space)
+    assert str(error.value).startswith(
+        "space: training.schedule.step_epochs = 9, training.optimizer = 'sgd', "
+        "training.schedule.name = 'step' is not valid: "
+    )
+    space["training.schedule.step_epochs"].high = 8
+    check_space(base, space)
 
 
 def test_zero_bounds_survive_being_written_down() -> None:
