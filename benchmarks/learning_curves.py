@@ -91,7 +91,7 @@ TABLES = {
         ),
         {
             "training.learning_rate": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-            "model.hidden_size": (32, 64, 128),
+            "model.hidden_size": (32, 64),
             "model.zoneout": (0.0, 0.2),
             "model.layer_norm": (False, True),
         },

@@ -175,15 +175,20 @@ class Conductor:
         if self._adopted:
             spec = self._taken_up(self._adopted.pop(0))
         elif (number := self._scheduler.promoted(self._paused, is_idle=is_idle)) is not None:
+            epoch = self._paused.pop(number)
+            if self._is_replaced(number, epoch):
+                self._end_paused(number, epoch)
+                return self._open_next()
             spec = self._taken_up(self._study.trial(number))
-            self._study.note(number, RESUMED, self._paused.pop(number))
+            self._study.note(number, RESUMED, epoch)
         elif not is_idle:
             self._asked += 1
             spec = self._study.ask()
             self._last_epoch[spec.number] = 0
         else:
-            if not self._running:
-                self._end_paused()
+            if not self._running:  # nothing can promote the others any more
+                while self._paused:
+                    self._end_paused(*self._paused.popitem())
             return None
         return spec
 
@@ -201,13 +206,21 @@ class Conductor:
         self._last_epoch[spec.number] = max(frozen.intermediate_values, default=0)
         return spec
 
-    def _end_paused(self) -> None:
-        """Ends the trials that nothing can promote any more."""
-        for number, epoch in sorted(self._paused.items()):
-            self._study.adopt(self._study.trial(number))
-            self._study.note(number, RUNG, epoch)
-            self._close(number, TrialState.PRUNED, _why_stopped(self._study.trial(number)))
-        self._paused.clear()
+    def _end_paused(self, number: int, epoch: int) -> None:
+        """Ends a trial that does not go on from where it waits."""
+        self._study.adopt(self._study.trial(number))
+        self._study.note(number, RUNG, epoch)
+        self._close(number, TrialState.PRUNED, _why_stopped(self._study.trial(number)))
+
+    def _is_replaced(self, number: int, epoch: int) -> bool:
+        """Whether another trial's copy takes the place of a paused one: it is queued then."""
+        population = self._scheduler
+        if not (isinstance(population, Population) and population.is_beaten(number, epoch)):
+            return False
+        before = len(self._study.trials())
+        done = enqueue_successor(self._study, population, self._workplace, number, epoch)
+        self._study.target += len(self._study.trials()) - before
+        return done
 
     def _refuse(self, spec: TrialSpec) -> bool:
         """Ends a candidate that is beyond the limits; one that has begun to train goes on."""
@@ -277,10 +290,8 @@ class Conductor:
             verdict = Verdict.GO_ON
             if status != messages.FINISHED:
                 verdict = self._scheduler.judge(number, epoch, value)
-            if verdict is Verdict.REPLACE and not self._replace(number, epoch):
-                verdict = Verdict.GO_ON
             # Noted first: a driver that dies after the report still knows what was decided.
-            if verdict in (Verdict.STOP, Verdict.REPLACE):
+            if verdict is Verdict.STOP:
                 self._study.note(number, RUNG, epoch)
             elif verdict is Verdict.PAUSE:
                 self._study.note(number, PAUSED, epoch)
@@ -292,21 +303,13 @@ class Conductor:
                 tags = {"rum.state": "paused", "rum.paused_after": str(epoch)}
                 self._tracker.end_trial(number, INTERRUPTED, tags)
                 return True
-            if verdict is not Verdict.GO_ON:
+            if verdict is Verdict.STOP:
                 reason = _why_stopped(self._study.trial(number))
                 self._end(number, TrialState.PRUNED, reason=reason, worker=message["worker"])
                 return True
         if status == messages.FINISHED:
             self._end(number, TrialState.COMPLETE, value=value, worker=message["worker"])
         return False
-
-    def _replace(self, number: int, epoch: int) -> bool:
-        """Queues another trial's copy beyond the target; returns whether there is one."""
-        assert isinstance(self._scheduler, Population)
-        before = len(self._study.trials())
-        done = enqueue_successor(self._study, self._scheduler, self._workplace, number, epoch)
-        self._study.target += len(self._study.trials()) - before
-        return done
 
     def on_lost(self, number: int, reason: str) -> None:
         """Takes that a trial ended without saying so (its process died too often)."""

@@ -84,10 +84,10 @@ def forecast(
         limits: Of the search; the probe corrects the time that their predictor says.
     """
     predictor = limits.predictor
-    study = optuna.create_study(sampler=build_sampler(config.sampler, 0))
-    sampled = [
-        apply(config, suggest(study.ask(), config.space, predictor.fit)) for _ in range(SAMPLES)
-    ]
+    study, sampled = optuna.create_study(), []
+    for number in range(SAMPLES):
+        study.sampler = build_sampler(config.sampler, number)
+        sampled.append(apply(config, suggest(study.ask(), config.space, predictor.fit)))
     smallest, largest = (
         extreme(
             config,

@@ -660,23 +660,25 @@ def population() -> Population:
 def test_a_copy_of_the_best_takes_the_place_of_the_worst(driver: Callable[..., Driver]) -> None:
     search = driver(target=4, scheduler=population())
     numbers = [search.start() for _ in range(4)]
-    for number, value in zip(numbers, (0.1, 0.2, 0.3, 0.9), strict=True):
+    for number, value in zip(numbers, (0.9, 0.1, 0.2, 0.3), strict=True):
         search.save_checkpoint(number, value)
-        assert search.tell(number, value)  # paused, and the last one replaced
+        assert search.tell(number, value)  # paused until all have come as far
+    spec = search.conductor.next_trial()  # the first is beaten
+    assert spec is not None
+    assert spec.number == 4
     assert search.study.target == 5
     trials = search.study.trials()
-    assert [trial.state.name for trial in trials] == [*["RUNNING"] * 3, "PRUNED", "WAITING"]
+    assert [trial.state.name for trial in trials] == ["PRUNED", *["RUNNING"] * 4]
     origin = trials[4].user_attrs["rum.origin"]
-    assert (origin["trial"], origin["replaces"]) == (0, 3)
+    assert (origin["trial"], origin["replaces"]) == (1, 0)
     copied = read_checkpoint(Path(origin["checkpoint"]))
     assert copied.description["reports"] == reports(0.1)
 
-    spec = search.conductor.next_trial()
-    assert spec is not None
-    assert spec.number == 4
-    was, now = (trials[0].params["training.learning_rate"], spec.parameters)
+    was, now = (trials[1].params["training.learning_rate"], spec.parameters)
     factor = now["training.learning_rate"] / was
     assert factor == pytest.approx(0.8) or factor == pytest.approx(1.2)
+
+    assert search.start() == 1  # the next goes on
 
     again = driver(target=5, scheduler=population())  # the old one died: nothing is queued twice
     assert again.study.target == 5

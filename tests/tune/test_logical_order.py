@@ -166,7 +166,7 @@ def test_nor_does_it_matter_where_the_driver_dies(scheduler: str) -> None:
         content, died = search(scheduler, seed, deaths=0.03)
         assert content == undisturbed
         total += died
-    assert total >= 40
+    assert total >= 25
 
 
 def test_workers_must_be_counted() -> None:

@@ -57,10 +57,11 @@ def test_a_trial_stops_below_the_median_of_the_others(mode: str) -> None:
 
 def test_the_worst_of_a_population_are_replaced_by_copies_of_the_best() -> None:
     population = Population("min", 2, seed=1, space=RATE)
-    verdicts = [population.judge(number, 2, value) for number, value in enumerate([3, 1, 2, 4, 5])]
-    assert verdicts == [Verdict.PAUSE] * 3 + [Verdict.REPLACE] * 2
+    for number, value in enumerate([5, 1, 2, 4, 3]):
+        assert population.judge(number, 2, value) is Verdict.PAUSE
+    assert [population.is_beaten(number, 2) for number in range(5)] == [True, *[False] * 4]
     assert population.judge(0, 3, 9.0) is Verdict.GO_ON  # between two comparisons
-    assert population.source_for(4, 2) == 1
+    assert population.source_for(0, 2) == 1
     assert population.promoted({0: 4, 1: 2, 2: 2}, is_idle=False) is None
     assert population.promoted({0: 4, 2: 2, 1: 2}, is_idle=True) == 1  # the furthest behind
 

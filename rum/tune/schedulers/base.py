@@ -12,8 +12,6 @@ class Verdict(Enum):
     STOP = "stop"
     PAUSE = "pause"
     """Its worker is free for others; from its checkpoint it can go on later."""
-    REPLACE = "replace"
-    """It ends, and another trial's copy takes its place (population-based training)."""
 
 
 class Scheduler(Protocol):

@@ -1,10 +1,10 @@
 """Population-based training (Jaderberg et al. 2017).
 
 The population trains side by side, `interval` epochs at a time, whatever the number of trials that
-fit the machine at once. A member among the worst quarter of those that have come as far ends, and
-a new trial begins from the last checkpoint of one among the best quarter, with its options changed
-a little. Every member so stays a trial of its own, with options that do not change under way; the
-new one names the trial that it comes from.
+fit the machine at once. Before a member goes on it is compared with those that have come as far:
+one among the worst quarter ends, and a new trial begins from the last checkpoint of one among the
+best quarter, with its options changed a little. Every member so stays a trial of its own, with
+options that do not change under way; the new one names the trial that it comes from.
 """
 
 import random
@@ -63,14 +63,14 @@ class Population:
         self._curves.pop(number, None)
 
     def judge(self, number: int, epoch: int, value: float) -> Verdict:
-        """Every `interval` epochs replaces a member among the worst, and pauses the others."""
+        """Every `interval` epochs pauses a member, until the others have come as far."""
         self._curves.setdefault(number, {})[epoch] = value
-        if epoch % self._interval:
-            return Verdict.GO_ON
+        return Verdict.GO_ON if epoch % self._interval else Verdict.PAUSE
+
+    def is_beaten(self, number: int, epoch: int) -> bool:
+        """Whether a member is among the worst of those that have come as far."""
         ranked = self._ranked(epoch)
-        if len(ranked) >= SMALLEST and number in ranked[-(len(ranked) // SHARE) :]:
-            return Verdict.REPLACE
-        return Verdict.PAUSE
+        return len(ranked) >= SMALLEST and number in ranked[-(len(ranked) // SHARE) :]
 
     def promoted(self, paused: Mapping[int, int], *, is_idle: bool) -> int | None:
         """The one that is furthest behind, once the whole population has begun."""
