@@ -79,7 +79,8 @@ TABLES = {
     ),
     "ptb": Table(
         ExperimentConfig(
-            model=RUMConfig(),
+            # Without it layer norm after the sigmoid lets states grow beyond all bounds.
+            model=RUMConfig(eta=1.0),
             task=CharacterLMConfig(
                 corpus="ptb",
                 batch_size=64,

@@ -138,9 +138,9 @@ PLATEAU = Plateau(baseline=1.0, perfect=0.0, band=0.1)
 
 
 def test_where_a_value_stands() -> None:
-    assert [PLATEAU.standing(x) for x in (0.5, 0.89, 0.91, 1.0, 1.09, 1.11)] == [0, 0, 1, 1, 1, 2]
+    assert [PLATEAU.is_left(x) for x in (0.5, 0.89, 0.91, 1.0, 2.0)] == [True] * 2 + [False] * 3
     accuracy = Plateau(baseline=0.25, perfect=1.0, band=0.1)
-    assert [accuracy.standing(x) for x in (0.1, 0.2, 0.3, 0.33, 0.9)] == [2, 1, 1, 0, 0]
+    assert [accuracy.is_left(x) for x in (0.1, 0.3, 0.33, 0.9)] == [False] * 2 + [True] * 2
 
 
 def test_on_the_plateau_nobody_is_stopped_for_noise() -> None:
@@ -149,7 +149,7 @@ def test_on_the_plateau_nobody_is_stopped_for_noise() -> None:
         assert rungs.judge(number, 1, value) is GO_ON
     assert rungs.judge(5, 1, 0.5) is GO_ON  # escaped: of six, two have a place
     assert rungs.judge(6, 1, 1.0) is GO_ON
-    assert rungs.judge(7, 1, 1.5) is STOP  # worse than the plateau
+    assert rungs.judge(7, 1, 1.5) is GO_ON  # has not even come to the plateau
     assert rungs.judge(8, 1, 0.6) is GO_ON
     assert rungs.judge(9, 1, 0.7) is GO_ON  # ten: the third place
     assert rungs.judge(10, 1, 0.93) is STOP  # all places are taken by escaped trials
@@ -168,9 +168,16 @@ def test_paused_on_the_plateau_go_on_in_their_order_until_the_rung_is_decided() 
     assert rungs.promoted(paused, is_idle=False) == 0  # a third of them, by order not by value
     del paused[0]
     assert rungs.promoted(paused, is_idle=False) is None
-    for number in (1, 2, 3, 4):  # nothing else is left to do
-        assert rungs.promoted(paused, is_idle=True) == number
-        del paused[number]
+    # Nothing else is left to do: by turns the furthest behind and the furthest ahead.
+    assert rungs.promoted(paused, is_idle=True) == 1
+    del paused[1]
+    assert rungs.judge(0, 3, 0.99) is PAUSE
+    paused[0] = 3
+    assert rungs.promoted(paused, is_idle=True) == 0
+    del paused[0]
+    assert rungs.judge(1, 3, 0.98) is PAUSE
+    paused[1] = 3
+    assert rungs.promoted(paused, is_idle=True) == 2
     paused = {1: 1}
     rungs.judge(5, 1, 0.2)
     rungs.judge(6, 1, 0.2)

@@ -25,10 +25,9 @@ class Plateau:
     perfect: float
     band: float
 
-    def standing(self, value: float) -> int:
-        """0 escaped, 1 within the band, 2 worse than it."""
-        closed = (value - self.baseline) / (self.perfect - self.baseline)
-        return 0 if closed > self.band else 1 if closed >= -self.band else 2
+    def is_left(self, value: float) -> bool:
+        """Whether a trial with this best value has escaped."""
+        return (value - self.baseline) / (self.perfect - self.baseline) > self.band
 
 
 @dataclass
@@ -42,10 +41,12 @@ class Halving:
     - Promotion (`pauses`): the others wait, and go on as soon as they are among the best of those
       that came later, too. Higher rungs first.
 
-    With a plateau, trials that have escaped are ranked before all others, and those within its
-    band not among each other: places that the escaped leave free go to them in the order in which
-    they came. They are not stopped at a rung whose places are not all taken by escaped trials;
-    paused ones go on there when nothing else is left to do, from the lowest rung up.
+    With a plateau, trials that have escaped are ranked before all others, and those not among each
+    other: places that the escaped leave free go to them in the order in which they came. Nor are
+    they stopped at a rung whose places are not all taken by escaped trials; paused ones go on from
+    there when nothing else is left to do, by turns the one that is furthest behind and the one
+    that is furthest ahead: whether escapes come early or late, half of the epochs go where they
+    are.
     """
 
     milestones: list[int]
@@ -69,19 +70,19 @@ class Halving:
 
     def judge(self, number: int, epoch: int, value: float) -> Verdict:
         """Files a trial's value; between rungs every trial goes on."""
+        if epoch not in self.milestones:
+            return Verdict.GO_ON
         rung = self._rungs.setdefault(epoch, {})
-        if epoch not in self.milestones or number in rung:
+        if number in rung:
             return Verdict.GO_ON
         rung[number] = value
         if self.pauses:
             goes_on = number in self._best(rung)
             return Verdict.GO_ON if goes_on else Verdict.PAUSE
-        if self._is_undecided(rung) and self._standing(value) == 1:
+        if self._is_undecided(rung) and not self._has_escaped(value):
             return Verdict.GO_ON
-        last_to_go_on = self._best(rung)[-1]
-        goes_on = (
-            self._rank(number, value)[:2] <= self._rank(last_to_go_on, rung[last_to_go_on])[:2]
-        )
+        last = self._best(rung)[-1]
+        goes_on = self._rank(number, value)[:2] <= self._rank(last, rung[last])[:2]  # ties too
         return Verdict.GO_ON if goes_on else Verdict.STOP
 
     def promoted(self, paused: Mapping[int, int], *, is_idle: bool) -> int | None:
@@ -91,11 +92,17 @@ class Halving:
                 if paused.get(number) == epoch:
                     return number
         if is_idle:
-            for epoch in self.milestones:
-                rung = self._rungs.get(epoch, {})
-                waiting = [n for n in rung if paused.get(n) == epoch]
-                if waiting and self._is_undecided(rung):
-                    return min(waiting, key=lambda number: self._rank(number, rung[number]))
+            waiting = [
+                (epoch, number)
+                for epoch in self.milestones
+                if self._is_undecided(rung := self._rungs.get(epoch, {}))
+                for number in sorted(rung)
+                if paused.get(number) == epoch
+            ]
+            if waiting:
+                turn = sum(len(rung) for rung in self._rungs.values()) % 2
+                ahead = max(epoch for epoch, _ in waiting)
+                return waiting[0][1] if turn else dict(reversed(waiting))[ahead]
         return None
 
     def mean_epochs(self, max_epochs: int) -> float:
@@ -115,17 +122,17 @@ class Halving:
         """The trials that have a place, best first."""
         return sorted(rung, key=lambda n: self._rank(n, rung[n]))[: self._places(rung)]
 
-    def _rank(self, number: int, value: float) -> tuple[int, float, int]:
-        standing = self._standing(value)
-        ranked = 0.0 if standing == 1 else value if self.mode == "min" else -value
-        return standing, ranked, number
+    def _rank(self, number: int, value: float) -> tuple[bool, float, int]:
+        if not self._has_escaped(value):
+            return True, 0.0, number
+        return False, value if self.mode == "min" else -value, number
 
-    def _standing(self, value: float) -> int:
-        return 0 if self.plateau is None else self.plateau.standing(value)
+    def _has_escaped(self, value: float) -> bool:
+        return self.plateau is None or self.plateau.is_left(value)
 
     def _is_undecided(self, rung: Mapping[int, float]) -> bool:
         """Whether trials on the plateau may still be among the best of a rung."""
-        escaped = sum(self._standing(value) == 0 for value in rung.values())
+        escaped = sum(map(self._has_escaped, rung.values()))
         return self.plateau is not None and escaped < max(1, self._places(rung))
 
 
