@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -111,7 +112,7 @@ def _of_trial(trial: FrozenTrial, run: Run, client: MlflowClient) -> Iterator[Di
             yield Difference(trial.number, what, noted, tags.get(f"rum.{what}", ""))
     for name, value in trial.params.items():
         recorded = run.data.params.get(name, "nothing")
-        if recorded != option_text(value):
+        if not _is_recorded(value, recorded):
             yield Difference(trial.number, name, option_text(value), recorded)
     points = client.get_metric_history(run.info.run_id, key)
     for epoch, count in Counter(point.step for point in points).items():
@@ -130,6 +131,18 @@ def _of_trial(trial: FrozenTrial, run: Run, client: MlflowClient) -> Iterator[Di
             _span(began, ended),
             _span(run.info.start_time, run.info.end_time),
         )
+
+
+def _is_recorded(value: Any, recorded: str) -> bool:
+    """Whether a run's parameter says this value; 1 may have become the 1.0 of its option's type."""
+    if recorded == option_text(value):
+        return True
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    try:
+        return float(recorded) == value
+    except ValueError:
+        return False
 
 
 def _span(began: int | None, ended: int | None) -> str:

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from rum.errors import StudyError
 from rum.tasks import CopyingConfig
 from rum.train import TrackingConfig
-from rum.tune.audit import check_study
+from rum.tune.audit import _is_recorded, check_study
 from rum.tune.config import CheckConfig, Domain, SamplerConfig
 from rum.tune.study import REASON, Study, ensure_study, open_storage
 from rum.tune.tracking import FINISHED, KILLED, TRIAL_TAG, Tracker, connect
@@ -127,3 +127,10 @@ def test_what_is_not_there_is_an_error_and_nothing_is_made(
     with pytest.raises(StudyError, match="has no studies"):
         check_study(replace(config, output_dir=str(elsewhere)))
     assert not elsewhere.exists()
+
+
+def test_whole_numbers_may_be_recorded_in_the_type_of_their_option() -> None:
+    agree = [(1, "1"), (1, "1.0"), (0.5, "0.5"), (True, "true"), (None, "null"), ("relu", "relu")]
+    differ = [(1, "1.5"), (1, "one"), (True, "1.0"), (0.5, "0.50"), (None, "0")]
+    assert all(_is_recorded(value, text) for value, text in agree)
+    assert not any(_is_recorded(value, text) for value, text in differ)
