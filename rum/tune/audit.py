@@ -134,7 +134,7 @@ def _of_trial(trial: FrozenTrial, run: Run, client: MlflowClient) -> Iterator[Di
 
 
 def _is_recorded(value: Any, recorded: str) -> bool:
-    """Whether a run's parameter says this value; 1 may have become the 1.0 of its option's type."""
+    """Whether a run's parameter says this value; a 1 may be the 1.0 of its option's type."""
     if recorded == option_text(value):
         return True
     if isinstance(value, bool) or not isinstance(value, int):

@@ -1,7 +1,11 @@
-"""The SQLite file of Optuna's studies: made whole or not at all, and checked before it is used."""
+"""SQLite files that are made whole or not at all; that of the studies is checked before its use.
+
+A process that dies while it makes tables would leave a file that nobody can open.
+"""
 
 import shlex
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -24,16 +28,24 @@ def prepare_database(path: Path) -> None:
     if path.exists():
         _check(path)
         return
-    # Beside its place first: a process that dies here leaves no file that looks damaged.
+    make_whole(path, _make_tables)
+
+
+def make_whole(path: Path, make: Callable[[Path], None]) -> None:
+    """Lets `make` make a database beside its place, then moves it there; one process at a time."""
     partial = path.with_name(f"{path.name}.partial")
     for ending in ("", *_LOGS):
         partial.with_name(partial.name + ending).unlink(missing_ok=True)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{partial}")
-    storage.remove_session()
-    storage.engine.dispose()
+    make(partial)
     for ending in _LOGS:  # of a deleted database: SQLite would take them for the new one's
         path.with_name(path.name + ending).unlink(missing_ok=True)
     partial.rename(path)
+
+
+def _make_tables(path: Path) -> None:
+    storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 def _check(path: Path) -> None:

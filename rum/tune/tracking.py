@@ -5,6 +5,7 @@ again without harm: runs are found by tag before they are made, points are writt
 they are missing. A driver that died is caught up with by the conductor.
 """
 
+import fcntl
 import logging
 import os
 import queue
@@ -25,6 +26,7 @@ from rum.errors import TrackingError
 from rum.tasks import Task
 from rum.train import TrackingConfig
 from rum.training.loop import Report
+from rum.tune.database import make_whole
 from rum.tune.provenance import option_text
 
 CONNECT_SECONDS = 10.0
@@ -70,6 +72,7 @@ def connect(config: TrackingConfig, output_dir: Path) -> tuple[MlflowClient, str
     def open_store() -> None:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
+            _make_local_database(uri)
             client = MlflowClient(tracking_uri=uri)
             answer.put((client, _experiment_id(client, config.experiment, uri, output_dir)))
         except Exception as error:  # noqa: BLE001  # raised again below, in the caller's thread
@@ -90,6 +93,21 @@ def connect(config: TrackingConfig, output_dir: Path) -> tuple[MlflowClient, str
         reason = _without_password(str(result))
         raise TrackingError(f"MLflow at {shown} cannot be used: {reason}") from None
     return result
+
+
+def _make_local_database(uri: str) -> None:
+    """Makes MLflow's SQLite file with its tables where there is none."""
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or path.exists() or not path.parent.is_dir():
+        return
+    with path.with_name(f"{path.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not path.exists():  # another process made it meanwhile
+            make_whole(path, lambda new: _make_tables(f"sqlite:///{new}"))
+
+
+def _make_tables(uri: str) -> None:
+    MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
 
 
 def _without_password(text: str) -> str:

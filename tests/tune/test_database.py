@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rum.errors import StudyError
+from rum.tune.database import make_whole
 from rum.tune.study import ensure_study, open_storage, study_names
 
 DEFINITION = {"mode": "min"}
@@ -59,3 +60,23 @@ def test_the_log_of_a_deleted_database_does_not_get_into_the_new_one(tmp_path: P
     (tmp_path / "optuna.db").unlink()
     (tmp_path / "optuna.db-wal").write_bytes(log)
     assert study_names(open_storage(tmp_path)) == []
+
+
+def test_a_database_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "some.db"
+
+    def dies(new: Path) -> None:
+        new.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_whole(path, dies)
+    assert not path.exists()
+
+    def make(new: Path) -> None:
+        assert not new.exists(), "what the dead one left is cleared away"
+        new.write_text("whole")
+
+    make_whole(path, make)
+    assert path.read_text() == "whole"
+    assert [file.name for file in tmp_path.iterdir()] == ["some.db"]

@@ -138,9 +138,9 @@ PLATEAU = Plateau(baseline=1.0, perfect=0.0, band=0.1)
 
 
 def test_where_a_value_stands() -> None:
-    assert [PLATEAU.is_left(x) for x in (0.5, 0.89, 0.91, 1.0, 2.0)] == [True] * 2 + [False] * 3
+    assert [PLATEAU.standing(x) for x in (0.5, 0.89, 0.91, 1.0, 1.09, 1.11)] == [0, 0, 1, 1, 1, 2]
     accuracy = Plateau(baseline=0.25, perfect=1.0, band=0.1)
-    assert [accuracy.is_left(x) for x in (0.1, 0.3, 0.33, 0.9)] == [False] * 2 + [True] * 2
+    assert [accuracy.standing(x) for x in (0.1, 0.2, 0.3, 0.33, 0.9)] == [2, 1, 1, 0, 0]
 
 
 def test_on_the_plateau_nobody_is_stopped_for_noise() -> None:

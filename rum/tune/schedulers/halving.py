@@ -25,9 +25,10 @@ class Plateau:
     perfect: float
     band: float
 
-    def is_left(self, value: float) -> bool:
-        """Whether a trial with this best value has escaped."""
-        return (value - self.baseline) / (self.perfect - self.baseline) > self.band
+    def standing(self, value: float) -> int:
+        """0 escaped, 1 within the band, 2 not there yet."""
+        closed = (value - self.baseline) / (self.perfect - self.baseline)
+        return 0 if closed > self.band else 1 if closed >= -self.band else 2
 
 
 @dataclass
@@ -41,12 +42,12 @@ class Halving:
     - Promotion (`pauses`): the others wait, and go on as soon as they are among the best of those
       that came later, too. Higher rungs first.
 
-    With a plateau, trials that have escaped are ranked before all others, and those not among each
-    other: places that the escaped leave free go to them in the order in which they came. Nor are
-    they stopped at a rung whose places are not all taken by escaped trials; paused ones go on from
-    there when nothing else is left to do, by turns the one that is furthest behind and the one
-    that is furthest ahead: whether escapes come early or late, half of the epochs go where they
-    are.
+    With a plateau, trials that have escaped are ranked before all others, then those within its
+    band, in the order in which they came, then those that have not come to it. Whoever has not
+    escaped is not lost at a rung whose places are not all taken by escaped trials: it is not
+    stopped there, and if paused it goes on when nothing else is left to do, by turns the one that
+    is furthest behind and the one that is furthest ahead: whether escapes come early or late, half
+    of the epochs go where they are.
     """
 
     milestones: list[int]
@@ -77,27 +78,26 @@ class Halving:
             return Verdict.GO_ON
         rung[number] = value
         if self.pauses:
-            goes_on = number in self._best(rung)
+            goes_on = number in self._ranked(epoch)[: self._places(rung)]
             return Verdict.GO_ON if goes_on else Verdict.PAUSE
-        if self._is_undecided(rung) and not self._has_escaped(value):
+        if self._is_undecided(rung) and self._standing(value) > 0:
             return Verdict.GO_ON
-        last = self._best(rung)[-1]
+        last = self._ranked(epoch)[self._places(rung) - 1]
         goes_on = self._rank(number, value)[:2] <= self._rank(last, rung[last])[:2]  # ties too
         return Verdict.GO_ON if goes_on else Verdict.STOP
 
     def promoted(self, paused: Mapping[int, int], *, is_idle: bool) -> int | None:
         """The best paused trial of the highest rung that has a free place."""
         for epoch in reversed(self.milestones):
-            for number in self._best(self._rungs.get(epoch, {})):
+            for number in self._ranked(epoch)[: self._places(self._rungs.get(epoch, {}))]:
                 if paused.get(number) == epoch:
                     return number
         if is_idle:
             waiting = [
                 (epoch, number)
                 for epoch in self.milestones
-                if self._is_undecided(rung := self._rungs.get(epoch, {}))
-                for number in sorted(rung)
-                if paused.get(number) == epoch
+                for number in self._ranked(epoch)
+                if paused.get(number) == epoch and self._is_undecided(self._rungs[epoch])
             ]
             if waiting:
                 turn = sum(len(rung) for rung in self._rungs.values()) % 2
@@ -118,21 +118,22 @@ class Halving:
         """How many of a rung go on."""
         return max(0 if self.pauses else 1, len(rung) // self.reduction_factor)
 
-    def _best(self, rung: Mapping[int, float]) -> list[int]:
-        """The trials that have a place, best first."""
-        return sorted(rung, key=lambda n: self._rank(n, rung[n]))[: self._places(rung)]
+    def _ranked(self, epoch: int) -> list[int]:
+        """The trials of a rung, best first."""
+        rung = self._rungs.get(epoch, {})
+        return sorted(rung, key=lambda n: self._rank(n, rung[n]))
 
-    def _rank(self, number: int, value: float) -> tuple[bool, float, int]:
-        if not self._has_escaped(value):
-            return True, 0.0, number
-        return False, value if self.mode == "min" else -value, number
+    def _rank(self, number: int, value: float) -> tuple[int, float, int]:
+        standing = self._standing(value)
+        signed = value if self.mode == "min" else -value
+        return standing, 0.0 if standing == 1 else signed, number
 
-    def _has_escaped(self, value: float) -> bool:
-        return self.plateau is None or self.plateau.is_left(value)
+    def _standing(self, value: float) -> int:
+        return 0 if self.plateau is None else self.plateau.standing(value)
 
     def _is_undecided(self, rung: Mapping[int, float]) -> bool:
         """Whether trials on the plateau may still be among the best of a rung."""
-        escaped = sum(map(self._has_escaped, rung.values()))
+        escaped = sum(self._standing(value) == 0 for value in rung.values())
         return self.plateau is not None and escaped < max(1, self._places(rung))
 
 
