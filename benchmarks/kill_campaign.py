@@ -64,7 +64,7 @@ class Search:
         """In an empty folder."""
         self.folder = folder
         self.driver: subprocess.Popen[bytes] | None = None
-        self.log = (folder / "log.txt").open("wb")
+        self.log = (folder / "log.txt").open("ab")
 
     def start(self) -> None:
         """Starts a driver, which goes on where the last one was killed."""
@@ -129,7 +129,7 @@ def _is_worker(process: psutil.Process) -> bool:
         title = " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return False
-    return title.startswith("ray::") and "IDLE" not in title
+    return title.startswith("ray::ImplicitFunc")
 
 
 def _wait_until(holds: Any, what: str) -> None:

@@ -25,7 +25,7 @@ from rum.parameters import flatten, nearest
 from rum.plugins import load_plugins
 from rum.tasks import TASKS
 from rum.train import TrainConfig
-from rum.tune.config import CheckConfig, EvaluateConfig, ResumeConfig, SearchConfig
+from rum.tune.config import CheckConfig, EvaluateConfig, ResumeConfig, SearchConfig, StudyConfig
 
 SCHEMAS = {
     "train_schema": TrainConfig,
@@ -33,6 +33,7 @@ SCHEMAS = {
     "resume_schema": ResumeConfig,
     "evaluate_schema": EvaluateConfig,
     "check_schema": CheckConfig,
+    "study_schema": StudyConfig,
 }
 
 

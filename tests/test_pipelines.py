@@ -40,6 +40,9 @@ COMMANDS = {
     "no Ray": QUICK,
     "continue nothing": ("resume", "study=mine", "training.max_epochs=9"),
     "check nothing": ("check", "study=mine"),
+    "show nothing": ("study", "action=show", "study=mine"),
+    "list nothing": ("study", "json=true"),
+    "unknown action": ("study", "action=halt"),
     "evaluate": ("evaluate", "checkpoint=CHECKPOINT"),
     "evaluate a foreign folder": ("evaluate", "checkpoint=."),
 }
@@ -296,6 +299,16 @@ def test_checking_a_study_that_is_not_there_is_an_error(outcomes: Outcomes) -> N
     outcome = outcomes["check nothing"]
     assert re.search(r"there is no study 'mine': .*/outputs has no studies", outcome.error)
     assert outcome.written == set()
+
+
+def test_studies_that_are_not_there_are_an_empty_list_or_an_error(outcomes: Outcomes) -> None:
+    listed = outcomes["list nothing"]
+    assert (listed.status, json.loads(listed.out)) == (0, {"studies": []})
+    shown = outcomes["show nothing"]
+    assert "there is no study 'mine'" in shown.error
+    assert shown.out == ""
+    assert "action must be one of" in outcomes["unknown action"].error
+    assert listed.written == shown.written == set()
 
 
 def test_evaluating_a_checkpoint_prints_both_splits(outcomes: Outcomes) -> None:

@@ -31,6 +31,7 @@ from rum.tune.config import (
     EvaluateConfig,
     ResumeConfig,
     SearchConfig,
+    StudyConfig,
 )
 from rum.tune.sizing import fitting
 from rum.tune.space import apply, check_space, suggest
@@ -94,6 +95,7 @@ def test_each_pipeline_has_a_primary_configuration() -> None:
         *((f"tune_{task}", SearchConfig) for task in ("ptb", "copying", "recall", "babi")),
         ("train", TrainConfig),
         ("check", CheckConfig),
+        ("study", StudyConfig),
         ("resume", ResumeConfig),
         ("evaluate", EvaluateConfig),
     ],

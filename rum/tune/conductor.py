@@ -21,6 +21,7 @@ from rum.tasks import Task
 from rum.training.checkpoint import CheckpointStore
 from rum.training.loop import Report
 from rum.tune import messages
+from rum.tune.budget import Budget
 from rum.tune.capsule import FILE as CAPSULE_FILE
 from rum.tune.capsule import make_capsule
 from rum.tune.limits import Limits
@@ -29,12 +30,14 @@ from rum.tune.provenance import trial_tags
 from rum.tune.schedulers import Population, Scheduler, Verdict
 from rum.tune.space import apply
 from rum.tune.study import (
+    BY_HAND,
     INFEASIBLE,
     ORIGIN,
     PAUSED,
     REASON,
     RESUMED,
     RUNG,
+    STOPPED,
     Study,
     TrialSpec,
     is_infeasible,
@@ -48,6 +51,7 @@ from rum.tune.tracking import (
     INTERRUPTED,
     PARAMETERS_TAG,
     SEQUENCE_TAG,
+    TARGET_TAG,
     Tracker,
     ended,
 )
@@ -70,6 +74,7 @@ class Conductor:
         tracker: Tracker,
         workplace: Workplace,
         limits: Limits | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """Takes over a study: what an earlier driver left open is queued first.
 
@@ -81,6 +86,7 @@ class Conductor:
             tracker: MLflow.
             workplace: Where the trials' checkpoints are.
             limits: What a candidate may take; None admits all.
+            budget: What all trials together may use; None is no end.
         """
         self._study = study
         self._base = base
@@ -91,6 +97,8 @@ class Conductor:
         self._tracker = tracker
         self._workplace = workplace
         self._limits = limits
+        self._budget = budget
+        self._is_stopping = False
         self._refused_in_a_row = 0
         self._last_epoch: dict[int, int] = {}
         self._running: dict[int, TrialSpec] = {}
@@ -107,14 +115,12 @@ class Conductor:
                 self._paused[trial.number] = trial.user_attrs[PAUSED]
             else:
                 self._adopted.append(trial)
+        self._stopped = {t.number for t in self._adopted if STOPPED in t.user_attrs}
         self._asked = len(study.ended()) + len(self._adopted) + len(self._paused)
         # A driver may have died between queueing a successor and counting it.
         if isinstance(scheduler, Population):
             waiting = len(study.trials(TrialState.WAITING))
             study.target = max(study.target, self._asked + waiting)
-        # A driver may have died between queueing a successor and counting it.
-        if isinstance(scheduler, Population):
-            study.target = max(study.target, len(study.trials()))
         self._began = time.monotonic()
         self._epochs_trained = 0
         self._catch_up()
@@ -128,11 +134,14 @@ class Conductor:
     def _catch_up(self) -> None:
         """Writes to MLflow what an earlier driver did not get to."""
         for trial in self._study.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL):
-            if ended(self._tracker.known_status(trial.number)):
-                continue
-            self._start_run(trial.number, trial.params, trial.user_attrs.get(ORIGIN))
-            self._log_missing(trial.number, max(trial.intermediate_values, default=0))
-            self._end_run(trial)
+            if not ended(self._tracker.known_status(trial.number)):
+                self._record(trial)
+
+    def _record(self, trial: FrozenTrial) -> None:
+        """Writes a trial that has ended to MLflow."""
+        self._start_run(trial.number, trial.params, trial.user_attrs.get(ORIGIN))
+        self._log_missing(trial.number, max(trial.intermediate_values, default=0))
+        self._end_run(trial)
 
     def _log_missing(self, number: int, up_to_epoch: int) -> None:
         try:
@@ -162,6 +171,7 @@ class Conductor:
         Raises:
             StudyError: If too many candidates in a row are beyond the limits.
         """
+        self.advance()
         while (spec := self._open_next()) is not None:
             self._running[spec.number] = spec
             self._start_run(spec.number, spec.parameters, spec.origin)
@@ -174,7 +184,11 @@ class Conductor:
         is_idle = self._asked >= self._study.target
         if self._adopted:
             spec = self._taken_up(self._adopted.pop(0))
+        elif self._is_stopping:
+            return None
         elif (number := self._scheduler.promoted(self._paused, is_idle=is_idle)) is not None:
+            if self._beyond_budget(self._paused[number]) is not None:
+                return None
             epoch = self._paused.pop(number)
             if self._is_replaced(number, epoch):
                 self._end_paused(number, epoch)
@@ -182,6 +196,8 @@ class Conductor:
             spec = self._taken_up(self._study.trial(number))
             self._study.note(number, RESUMED, epoch)
         elif not is_idle:
+            if self._beyond_budget(0) is not None:
+                return None
             self._asked += 1
             spec = self._study.ask()
             self._last_epoch[spec.number] = 0
@@ -195,7 +211,29 @@ class Conductor:
     @property
     def is_done(self) -> bool:
         """Whether no trial is left to start or to go on with."""
-        return self.num_open == 0
+        return self.num_open == 0 or self._is_stopping or self.out_of_budget is not None
+
+    @property
+    def out_of_budget(self) -> str | None:
+        """Why none of the open trials can start or go on; None while one can, or runs."""
+        if self._running:
+            return None
+        begun = [max(trial.intermediate_values, default=0) for trial in self._adopted]
+        new = [0] if self._asked < self._study.target else []
+        reasons = [self._beyond_budget(done) for done in (*begun, *self._paused.values(), *new)]
+        return reasons[0] if reasons and all(reasons) else None
+
+    def _beyond_budget(self, done: int, number: int | None = None) -> str | None:
+        """Why a trial that has had so many epochs cannot go on beside those that run."""
+        if self._budget is None:
+            return None
+        others = [self._last_epoch[other] for other in self._running if other != number]
+        return self._budget.refusal(done, others)
+
+    def advance(self) -> None:
+        """Takes that time passes; to be called often."""
+        if self._budget is not None:
+            self._budget.advance(len(self._running))
 
     def _taken_up(self, frozen: FrozenTrial) -> TrialSpec:
         """Opens a trial that has begun."""
@@ -272,6 +310,7 @@ class Conductor:
 
     def on_message(self, message: dict[str, Any]) -> bool:
         """Takes a trial's message; returns whether the trial is to stop."""
+        self.advance()
         number = message["number"]
         if number not in self._running:
             return True  # ended already, for example by an exception
@@ -287,9 +326,13 @@ class Conductor:
         if epoch > self._last_epoch[number]:
             self._last_epoch[number] = epoch
             self._epochs_trained += 1
+            if self._budget is not None:
+                self._budget.add_epoch()
             verdict = Verdict.GO_ON
             if status != messages.FINISHED:
                 verdict = self._scheduler.judge(number, epoch, value)
+            if verdict is Verdict.PAUSE and number in self._stopped:
+                verdict = Verdict.GO_ON  # to its end, below
             # Noted first: a driver that dies after the report still knows what was decided.
             if verdict is Verdict.STOP:
                 self._study.note(number, RUNG, epoch)
@@ -309,10 +352,15 @@ class Conductor:
                 return True
         if status == messages.FINISHED:
             self._end(number, TrialState.COMPLETE, value=value, worker=message["worker"])
-        return False
+            return False
+        end = BY_HAND if number in self._stopped else self._beyond_budget(epoch, number)
+        if end is not None:
+            self._end(number, TrialState.PRUNED, reason=end, worker=message["worker"])
+        return end is not None
 
     def on_lost(self, number: int, reason: str) -> None:
         """Takes that a trial ended without saying so (its process died too often)."""
+        self.advance()
         if number in self._running:
             self._end(number, TrialState.FAIL, reason=f"crashed: {reason}", worker={})
 
@@ -356,8 +404,39 @@ class Conductor:
         tags |= {f"rum.worker_{key}": str(value) for key, value in (worker or {}).items()}
         self._tracker.end_trial(trial.number, run_status(trial), tags, at=trial.datetime_complete)
 
+    # What is ordered from outside
+
+    def stop(self) -> None:
+        """Starts nothing any more; what runs is to be gone on with."""
+        self._is_stopping = True
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the search is to end as after Ctrl-C."""
+        return self._is_stopping
+
+    def stop_trial(self, number: int) -> None:
+        """Ends a trial that has not ended: if it runs at its next report, else at once."""
+        if number in self._running:
+            self._stopped.add(number)
+            self._study.note(number, STOPPED, True)
+            return
+        if self._study.trial(number).state == TrialState.WAITING:
+            self._asked += 1
+        self._adopted = [trial for trial in self._adopted if trial.number != number]
+        self._paused.pop(number, None)
+        self._study.end_without_process(number, BY_HAND)
+        self._record(self._study.trial(number))
+
+    def record_target(self) -> None:
+        """Writes to MLflow how many trials the study is to have."""
+        self._tracker.tag_study(TARGET_TAG, str(self._study.target))
+
     def interrupt(self) -> None:
         """Marks what is still running as to be gone on with."""
+        self.advance()
+        if self._budget is not None:
+            self._budget.keep()
         waiting = [t.number for t in self._adopted if self._tracker.known_status(t.number)]
         for number in [*self._running, *waiting]:
             self._tracker.end_trial(number, INTERRUPTED, {"rum.state": "interrupted"})

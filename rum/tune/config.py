@@ -107,6 +107,13 @@ class SearchOptions:
     max_memory_gigabytes: float | None = None
     """The same for its predicted memory, in 1e9 bytes; null: on CUDA its share of the card, on
     the CPU no limit."""
+    max_trial_epochs: int | None = None
+    """Budget of the study: epochs of all trials together. When one of the budgets is used up, no
+    trial starts and those that run end; resume=yes with a larger one goes on."""
+    max_hours: float | None = None
+    """The same in hours while a driver runs, over all of them."""
+    max_gpu_hours: float | None = None
+    """The same in hours of GPUs: share x time, summed over trials."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
@@ -131,6 +138,18 @@ class SearchOptions:
             check_at_least("search.max_parameters", self.max_parameters, 1)
         if self.max_memory_gigabytes is not None:
             check_positive("search.max_memory_gigabytes", self.max_memory_gigabytes)
+        if self.max_trial_epochs is not None:
+            check_at_least("search.max_trial_epochs", self.max_trial_epochs, 1)
+        for name in ("max_hours", "max_gpu_hours"):
+            hours = getattr(self, name)
+            if hours is None:
+                continue
+            check_positive(f"search.{name}", hours)
+            if self.deterministic:
+                raise ConfigError(
+                    f"search.{name} cannot go with search.deterministic=true: how far a search "
+                    "gets would depend on how fast it is; give search.max_trial_epochs"
+                )
 
 
 @dataclass(kw_only=True)
@@ -222,6 +241,74 @@ class CheckConfig:
     """Print the result as JSON, for programs."""
     output_dir: str = "outputs"
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+ACTIONS = ("list", "show", "stop", "extend", "stop_trial", "enqueue", "free")
+
+
+@dataclass(kw_only=True)
+class StudyConfig:
+    """Options of `pipelines/study.py`: looks at studies and changes them, running or not."""
+
+    action: str = "list"
+    """"list", "show", "stop", "extend", "stop_trial", "enqueue" or "free"."""
+    study: str | None = None
+    """Name of the study; with "list" and "free" null means all."""
+    by: int | None = None
+    """Of "extend": so many more trials."""
+    to: int | None = None
+    """Of "extend", instead of `by`: so many trials in all; repeated, it changes nothing."""
+    trial: int | None = None
+    """Of "stop_trial": its number."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Of "enqueue": values by dotted name of the option; the rest of the space is sampled."""
+    again: bool = False
+    """Of "enqueue": also if the same was queued before."""
+    keep_best: int = 0
+    """Of "free": the best trials of each study whose checkpoints stay."""
+    artifacts: bool = False
+    """Of "free": checkpoints among the artifacts of the trials' MLflow runs, too."""
+    confirm: bool = False
+    """Of "free": delete; without it what would go is listed."""
+    wait_seconds: float = 30.0
+    """How long a running driver has to take an order; it takes it later all the same."""
+    json: bool = False
+    """Print the result as JSON, for programs."""
+    output_dir: str = "outputs"
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on an invalid value, or one that the action does not take."""
+        check_choice("action", self.action, ACTIONS)
+        taken = {
+            "extend": ("by", "to"),
+            "stop_trial": ("trial",),
+            "enqueue": ("parameters", "again"),
+            "free": ("keep_best", "artifacts", "confirm"),
+        }
+        for action, names in taken.items():
+            for name in names:
+                if getattr(self, name) not in (None, False, 0, {}) and action != self.action:
+                    raise ConfigError(
+                        f"{name} belongs to action={action}, but action is {self.action}"
+                    )
+        if self.study is None and self.action not in ("list", "free"):
+            raise ConfigError(f"action={self.action} needs study=<name>")
+        if self.action == "extend" and (self.by is None) == (self.to is None):
+            raise ConfigError("action=extend needs by=<more trials> or to=<trials in all>")
+        for name in ("by", "to"):
+            if getattr(self, name) is not None:
+                check_at_least(name, getattr(self, name), 1)
+        if self.action == "stop_trial" and self.trial is None:
+            raise ConfigError("action=stop_trial needs trial=<number>")
+        if self.trial is not None:
+            check_at_least("trial", self.trial, 0)
+        if self.action == "enqueue" and not self.parameters:
+            raise ConfigError(
+                "action=enqueue needs at least one option: "
+                "'parameters={model.hidden_size: 100}', got none"
+            )
+        check_at_least("keep_best", self.keep_best, 0)
 
 
 @dataclass(kw_only=True)

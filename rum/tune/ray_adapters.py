@@ -1,14 +1,16 @@
-"""Ray Tune's searcher, scheduler and callback, each a thin view of the conductor."""
+"""Ray Tune's searcher, scheduler, stopper and callbacks, each a thin view of the conductor."""
 
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
 
 from rum.tune.conductor import Conductor
 from rum.tune.logical_order import LogicalOrder
@@ -68,6 +70,32 @@ class ConductedScheduler(_NotPickled, FIFOScheduler):
         """Decides whether a trial goes on."""
         stop = self._conductor.on_message(json.loads(result["message"]))
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
+
+
+class ConductedStopper(_NotPickled, Stopper):
+    """Ends the search when the conductor stops; trials are not told, as after Ctrl-C."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self._conductor = conductor
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Single trials are stopped by the scheduler."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Ray asks at every turn of its loop."""
+        return self._conductor.is_stopping
+
+
+class TurnCallback(_NotPickled, Callback):
+    """Does something at every turn of Ray's loop, before new trials are asked for."""
+
+    def __init__(self, turn: Callable[[], None]) -> None:
+        self._turn = turn
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Ray calls this at every turn of its loop."""
+        self._turn()
 
 
 class ProgressCallback(_NotPickled, Callback):

@@ -9,7 +9,7 @@ from rum.tasks import Task
 from rum.tune.config import SearchConfig, output_folder
 from rum.tune.provenance import option_text
 from rum.tune.registry import model_name
-from rum.tune.study import REASON, RUNG, Study, is_sound
+from rum.tune.study import REASON, RUNG, Study, is_paused, is_sound
 from rum.tune.tracking import tracking_uri
 
 SHOWN = 5
@@ -89,13 +89,20 @@ def next_commands(config: SearchConfig, study: Study, task: Task) -> str:
 
 def _row(trial: FrozenTrial, names: Sequence[str]) -> list[str]:
     epochs = max(trial.intermediate_values, default=0)
-    ended = (
-        "finished"
-        if trial.state == TrialState.COMPLETE
-        else f"stopped at rung {trial.user_attrs.get(RUNG)}"
-    )
     values = [_shown(trial.params.get(name, "-")) for name in names]
-    return [str(trial.number), f"{trial.value:.4f}", str(epochs), ended, *values]
+    return [str(trial.number), f"{trial.value:.4f}", str(epochs), how_ended(trial), *values]
+
+
+def how_ended(trial: FrozenTrial) -> str:
+    """How a trial ended, or that it has not, in a few words."""
+    if not trial.state.is_finished():
+        return "paused" if is_paused(trial) else trial.state.name.lower()
+    if trial.state == TrialState.COMPLETE:
+        return "finished"
+    if trial.user_attrs.get(RUNG) is not None:
+        return f"stopped at rung {trial.user_attrs[RUNG]}"
+    reason = str(trial.user_attrs.get(REASON) or "").splitlines()
+    return reason[0] if reason else trial.state.name.lower()
 
 
 def _shown(value: object) -> str:

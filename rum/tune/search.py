@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from rum.parameters import flatten, nearest
 from rum.tasks import CharacterLMConfig, Task
 from rum.train import task_slug
 from rum.training.checkpoint import CheckpointStore
+from rum.tune.budget import Budget, check_budget, describe, first_epochs
 from rum.tune.cluster import check_ray_address, concurrent, resources, running_ray
 from rum.tune.conductor import Conductor
 from rum.tune.config import SearchConfig, output_folder
@@ -32,10 +33,17 @@ from rum.tune.forecast import calibrate, check_disk, forecast
 from rum.tune.limits import check_feasible, limits_of, with_share
 from rum.tune.logical_order import LogicalOrder
 from rum.tune.messages import Workplace
+from rum.tune.orders import Orders, obey
 from rum.tune.pareto import fronts, to_json
 from rum.tune.prediction import Predictor
 from rum.tune.provenance import common_tags
-from rum.tune.ray_adapters import ConductedScheduler, ConductedSearcher, ProgressCallback
+from rum.tune.ray_adapters import (
+    ConductedScheduler,
+    ConductedSearcher,
+    ConductedStopper,
+    ProgressCallback,
+    TurnCallback,
+)
 from rum.tune.rebuild import read_study, rebuild
 from rum.tune.registry import register
 from rum.tune.results import best_trials, failures, next_commands, refusals, resume_command
@@ -43,6 +51,7 @@ from rum.tune.schedulers import build_scheduler
 from rum.tune.sizing import fitting
 from rum.tune.space import check_space, space_to_plain
 from rum.tune.study import (
+    COMMAND,
     Study,
     check_definition,
     check_unlocked,
@@ -139,12 +148,15 @@ def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> SearchC
     config = with_share(config, predictor)
     limits = limits_of(config, predictor)
     check_feasible(config, limits)
+    check_budget(config, resources(config)["GPU"])
     machine = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
     prediction = forecast(config, task, output_dir, concurrent(config, machine), limits)
     say(f"Corpus: {task.corpus} ({task.source}); {task.protocol}")
     for line in config.setting.lines():
         say(line)
     say(str(prediction))
+    if (budget := describe(config.search)) is not None:
+        say(budget)
     if not config.dry_run:
         check_disk(prediction, config.search.disk_reserve_gigabytes)
     return config
@@ -284,6 +296,7 @@ def conduct(
     )
     tracker.log_text(json.dumps(study.definition, indent=1), DEFINITION_FILE)
     tracker.tag_study(TARGET_TAG, str(study.target))
+    study.set_attribute(COMMAND, config.command)
     status = INTERRUPTED
     conductor = None
     try:
@@ -292,13 +305,19 @@ def conduct(
             predictor = Predictor(base, task, _data_dir(config))
             calibrate(predictor, base, study, client, experiment_id)
             limits = limits_of(config, predictor)
-            conductor = Conductor(study, base, task, scheduler, tracker, workplace, limits)
-            if conductor.num_open:
+            budget = Budget(
+                study,
+                config.search,
+                gpus_per_trial=resources(config)["GPU"],
+                first_epochs=first_epochs(config),
+            )
+            conductor = Conductor(study, base, task, scheduler, tracker, workplace, limits, budget)
+            obey(Orders(folder), study, conductor)
+            if not conductor.is_done:
                 with running_ray() as machine:
-                    order = _order(config, conductor, study)
-                    at_a_time = concurrent(config, machine)
-                    _fit(config, conductor, order, workplace, folder, at_a_time)
-            status = INTERRUPTED if conductor.num_open else FINISHED
+                    _run(config, conductor, study, workplace, concurrent(config, machine))
+            spent = conductor.out_of_budget if conductor.num_open else None
+            status = INTERRUPTED if conductor.num_open and spent is None else FINISHED
             best = conductor.best
             if best is not None:
                 tracker.flush()
@@ -324,6 +343,12 @@ def conduct(
         next_commands(config, study, task),
     ]
     summary = "\n".join(parts)
+    if spent is not None:
+        return (
+            f"{summary}\n\nEnded with {conductor.num_open} of {study.target} trials open: "
+            f"{spent}.\nWith a larger one they go on:\n"
+            f"  {resume_command(config.command, study.name)}"
+        )
     if conductor.num_open:
         raise InterruptedSearchError(
             f"interrupted with {conductor.num_open} trials open\n\n{summary}"
@@ -379,18 +404,36 @@ def _order(config: SearchConfig, conductor: Conductor, study: Study) -> Conducto
     return LogicalOrder(conductor, study, workers)
 
 
+def _run(
+    config: SearchConfig, conductor: Conductor, study: Study, workplace: Workplace, concurrent: int
+) -> None:
+    """Lets Ray run the trials, again while orders leave more to do when it has ended."""
+    orders = Orders(Path(workplace.folder))
+
+    def turn() -> None:
+        conductor.advance()
+        obey(orders, study, conductor)
+
+    while not conductor.is_done:
+        order = _order(config, conductor, study)
+        _fit(config, conductor, order, workplace, concurrent, turn)
+        if not conductor.is_done:
+            return  # Ctrl-C
+        turn()
+
+
 def _fit(
     config: SearchConfig,
     conductor: Conductor,
     order: Conductor | LogicalOrder,
     workplace: Workplace,
-    folder: Path,
     concurrent: int,
+    turn: Callable[[], None],
 ) -> None:
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, workplace=workplace), resources(config)
     )
-    scratch = folder / "ray"  # nothing in it is read again
+    scratch = Path(workplace.folder) / "ray"  # nothing in it is read again
     shutil.rmtree(scratch, ignore_errors=True)
     tuner = tune.Tuner(
         trainable,
@@ -408,7 +451,8 @@ def _fit(
             name="run",
             storage_path=str(scratch),
             failure_config=tune.FailureConfig(max_failures=config.search.max_failures),
-            callbacks=[ProgressCallback(conductor)],
+            stop=ConductedStopper(conductor),
+            callbacks=[TurnCallback(turn), ProgressCallback(conductor)],
             verbose=0,
         ),
     )

@@ -232,6 +232,56 @@ def extreme(
     return apply(base, {**values, **_solved(space, values, fit)})
 
 
+def check_values(values: Mapping[str, Any], space: Space) -> dict[str, Any]:
+    """Checks a configuration, whole or in part, against a space.
+
+    Returns:
+        The values as the space has them: 1 of a float domain as 1.0.
+
+    Raises:
+        ConfigError: Listing all values that the space does not have.
+    """
+    checked: dict[str, Any] = {}
+    wrong = []
+    for name, value in values.items():
+        domain = space.get(name)
+        if domain is None:
+            wrong.append(f"{name} is not searched{nearest(name, space)}")
+        elif domain.parameters is not None:
+            wrong.append(f"{name} is solved for {domain.parameters:,} parameters")
+        elif not _applies(domain, values):
+            wrong.append(f"{name} is searched only when {domain.when}: give these, too")
+        elif not (same := _same(domain, value)):
+            wrong.append(f"{name} must be {_described(domain)}, got {value!r}")
+        else:
+            checked[name] = same[0]
+    if wrong:
+        raise ConfigError("the space does not have these values:\n  " + "\n  ".join(wrong))
+    return checked
+
+
+def _same(domain: Domain, value: Any) -> list[Any]:
+    """The value of a domain that equals `value`; none if it has none."""
+    if domain.choices is not None:
+        is_bool = isinstance(value, bool)
+        return [c for c in domain.choices if c == value and isinstance(c, bool) == is_bool][:1]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return []
+    low, high = _extremes(domain)
+    step = domain.step or (1.0 if domain.type == "int" else None)
+    steps = (value - low) / step if step else 0.0
+    is_on_grid = abs(steps - round(steps)) < 1e-8
+    return [type(low)(value)] if low <= value <= high and is_on_grid else []
+
+
+def _described(domain: Domain) -> str:
+    if domain.choices is not None:
+        return f"one of {domain.choices}"
+    low, high = _extremes(domain)
+    step = "" if domain.step is None else f" in steps of {domain.step:g}"
+    return f"{'an int' if domain.type == 'int' else 'a number'} from {low:g} to {high:g}{step}"
+
+
 def apply(base: _Config, parameters: Mapping[str, Any]) -> _Config:
     """The experiment of a trial."""
     return replace(base, parameters)

@@ -6,13 +6,14 @@ import fcntl
 import json
 import os
 import socket
+import time
 import uuid
 import warnings
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import optuna
 import sqlalchemy
@@ -39,6 +40,18 @@ RESUMED = "rum.resumed"
 INFEASIBLE = "infeasible"
 """How the reason of a candidate beyond a limit begins."""
 ORIGIN = "rum.origin"
+
+STOPPED = "rum.stopped"
+"""That a running trial is to end at its next report."""
+BY_HAND = "stopped by hand"
+"""The reason of a trial that was stopped from outside."""
+ORDER = "rum.order"
+"""Id of the order from outside that queued a trial."""
+COMMAND = "rum.command"
+"""How the study's last driver was called."""
+
+LOCK_SECONDS = 2.0
+"""So long a lock is tried: whoever looks at a study, or changes it, holds it for a moment."""
 
 REFUSED_IN_A_ROW = 3
 """Infeasible candidates after which the next is drawn at random, whatever the sampler: some learn
@@ -75,32 +88,70 @@ def _use_write_ahead_log(connection: Any, _: Any) -> None:
     cursor.close()
 
 
+class LockedStudyError(StudyError):
+    """A study is run by another driver."""
+
+
+def this_process() -> dict[str, Any]:
+    """Names this process as the owner of a lock."""
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
     """Holds a study's lock; the system lets it go when its owner dies, however it dies.
 
+    Args:
+        folder: The study's; made if it is not there.
+        seconds: How long to try.
+
     Raises:
-        StudyError: If another driver holds it, naming that driver.
+        LockedStudyError: If another driver holds it, naming that driver.
+        StudyError: If the folder cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock.json").open("a+")
     except OSError as error:
         raise StudyError(f"cannot write to {folder}: {error}") from error
+    deadline = time.monotonic() + seconds
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            owner = file.read().strip() or "an unknown process"
-            raise StudyError(
-                f"study {folder.name} is run by another driver: {owner}. Wait for it, or stop it "
-                "and go on with resume=yes"
-            ) from error
+        while not _take(file, fcntl.LOCK_EX):
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                owner = file.read().strip() or "an unknown process"
+                raise LockedStudyError(
+                    f"study {folder.name} is run by another driver: {owner}. Wait for it, or stop "
+                    f"it (pipelines/study.py action=stop study={folder.name}) and go on with "
+                    "resume=yes"
+                )
+            time.sleep(0.02)
         file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        file.write(json.dumps(this_process()))
         file.flush()
         yield
+
+
+def _take(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def driver_of(folder: Path) -> dict[str, Any] | None:
+    """Host and pid of the process that holds a study's lock; None if none does."""
+    try:
+        with (folder / "lock.json").open() as file:
+            if _take(file, fcntl.LOCK_SH):
+                return None
+            owner: dict[str, Any] = json.loads(file.read() or "{}")
+            return owner
+    except FileNotFoundError:
+        return None
+    except ValueError:  # it is writing its name
+        return {}
 
 
 def check_unlocked(folder: Path) -> None:
@@ -186,6 +237,14 @@ class Study:
         definition: dict[str, Any] = self._study.user_attrs[DEFINITION]
         return definition
 
+    def attribute(self, key: str, default: Any = None) -> Any:
+        """Something kept in the study."""
+        return self._study.user_attrs.get(key, default)
+
+    def set_attribute(self, key: str, value: Any) -> None:
+        """Keeps something in the study, plain values only."""
+        self._study.set_user_attr(key, value)
+
     @property
     def sequence(self) -> dict[str, int]:
         """Points taken of the sequence of sampler "qmc", under Optuna's own keys."""
@@ -209,9 +268,38 @@ class Study:
         """One of them."""
         return self.trials()[number]
 
-    def enqueue(self, parameters: dict[str, Any], origin: dict[str, Any]) -> None:
-        """Queues a trial that continues another."""
-        self._study.enqueue_trial(parameters, user_attrs={ORIGIN: origin})
+    def enqueue(
+        self,
+        parameters: dict[str, Any],
+        origin: dict[str, Any] | None = None,
+        order: str | None = None,
+    ) -> None:
+        """Queues a trial; what is not in `parameters` is sampled when it starts.
+
+        Args:
+            parameters: By dotted name.
+            origin: The trial that it continues, if any.
+            order: Id of the order from outside that it is queued by, if any.
+        """
+        attributes = {ORIGIN: origin, ORDER: order}
+        given = {key: value for key, value in attributes.items() if value is not None}
+        self._study.enqueue_trial(parameters, user_attrs=given)
+
+    def end_without_process(self, number: int, reason: str) -> None:
+        """Ends a trial that waits, is paused or was left running by a dead driver, as PRUNED."""
+        frozen = self.trial(number)
+        if frozen.state == TrialState.WAITING:
+            storage = self._study._storage
+            storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING)
+            self._sampled.sampler = build_sampler(self._sampler, number)
+            trial = optuna.Trial(self._sampled, frozen._trial_id)
+            given = queued_parameters(frozen) or {}  # on record as it was asked for
+            suggest(
+                trial, {n: d for n, d in self._space.items() if n in given and not d.parameters}
+            )
+        self._open.pop(number, None)
+        self._study._storage.set_trial_user_attr(frozen._trial_id, REASON, reason)
+        self._study.tell(number, state=TrialState.PRUNED)
 
     def ask(self) -> TrialSpec:
         """Opens the next trial: an enqueued one, else a new sample."""
@@ -290,6 +378,12 @@ class _PausedAsPruned:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._storage, name)
+
+
+def queued_parameters(trial: FrozenTrial) -> dict[str, Any] | None:
+    """What a trial was queued with; None for one that was sampled."""
+    given: dict[str, Any] | None = trial.system_attrs.get("fixed_params")
+    return given
 
 
 def is_paused(trial: FrozenTrial) -> bool:

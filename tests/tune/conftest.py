@@ -4,7 +4,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -14,11 +16,28 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 from optuna.trial import FrozenTrial, TrialState
 
+from rum.cells import RUMConfig
+from rum.experiment import ExperimentConfig
+from rum.tasks import CopyingConfig
 from rum.train import TrackingConfig
+from rum.training.config import TrainingConfig
 from rum.tune.audit import check_study
-from rum.tune.config import CheckConfig
-from rum.tune.study import is_paused, open_storage
-from rum.tune.tracking import STUDY_TAG, TRIAL_TAG, tracking_uri
+from rum.tune.budget import Budget
+from rum.tune.conductor import Conductor
+from rum.tune.config import CheckConfig, Domain, SamplerConfig, SearchOptions
+from rum.tune.messages import FINISHED, RUNNING, Workplace
+from rum.tune.orders import Orders, obey
+from rum.tune.schedulers.base import NoScheduler
+from rum.tune.space import space_to_plain
+from rum.tune.study import Study, ensure_study, is_paused, open_storage
+from rum.tune.tracking import (
+    INTERRUPTED,
+    STUDY_TAG,
+    TRIAL_TAG,
+    Tracker,
+    connect,
+    tracking_uri,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -164,3 +183,83 @@ def flushed() -> Callable[[Path], None]:
         assert os.stat(output_dir / "optuna.db").st_size > 0
 
     return flushed
+
+
+class SmallDriver:
+    """A conductor of tiny trials with its books, its clock and the orders from outside."""
+
+    def __init__(self, output_dir: Path, options: SearchOptions, **settings: Any) -> None:
+        self.base = ExperimentConfig(
+            model=RUMConfig(hidden_size=8),
+            task=CopyingConfig(delay=3, batch_size=8, steps_per_epoch=5),
+            training=TrainingConfig(max_epochs=4),
+        )
+        space = {
+            "model.hidden_size": Domain(type="int", low=4, high=12),
+            "training.learning_rate": Domain(type="float", low=1e-4, high=1e-1, log=True),
+        }
+        task = self.base.task.load(seed=0)
+        storage = open_storage(output_dir)
+        ensure_study(storage, "small", {"mode": "min", "space": space_to_plain(space)})
+        self.study = Study(storage, "small", space, SamplerConfig(name="random"))
+        self.study.target = max(self.study.target, options.num_trials)
+        self.folder = output_dir / "studies" / "small"
+        self.orders = Orders(self.folder)
+        client, experiment_id = connect(TrackingConfig(), output_dir)
+        tags = {"rum.metric": task.metric}
+        self.tracker = Tracker(
+            client, experiment_id, "small", task, tags, {"a": 1}, study_id=self.study.id
+        )
+        self.seconds = 0.0
+        self.budget = Budget(
+            self.study,
+            options,
+            gpus_per_trial=settings.get("gpus", 0.0),
+            first_epochs=settings.get("first_epochs", 1),
+            clock=lambda: self.seconds,
+        )
+        self.conductor = Conductor(
+            self.study,
+            self.base,
+            task,
+            settings.get("scheduler") or NoScheduler(),
+            self.tracker,
+            Workplace(asdict(self.base), str(self.folder), None),
+            budget=self.budget,
+        )
+
+    def start(self) -> int:
+        spec = self.conductor.next_trial()
+        assert spec is not None
+        return spec.number
+
+    def tell(self, number: int, epoch: int, value: float = 1.0) -> bool:
+        """Reports an epoch as a worker would; returns whether the trial is to stop."""
+        status = FINISHED if epoch == self.base.training.max_epochs else RUNNING
+        report = {"epoch": epoch, "step": 5 * epoch, "validation/best_cross_entropy": value}
+        worker = {"host": "elsewhere", "device": "cpu", "pid": 123}
+        return self.conductor.on_message(
+            {"number": number, "status": status, "report": report, "worker": worker}
+        )
+
+    def obey(self) -> None:
+        obey(self.orders, self.study, self.conductor)
+
+
+@pytest.fixture
+def small_driver(output_dir: Path) -> Iterator[Callable[..., SmallDriver]]:
+    """Opens one study as a new driver; one that was opened before is as good as dead."""
+    opened: list[SmallDriver] = []
+
+    def small_driver(num_trials: int = 4, **settings: Any) -> SmallDriver:
+        for dead in opened:
+            dead.tracker.flush()
+        names = {field.name for field in fields(SearchOptions)}
+        options = {name: settings.pop(name) for name in names & set(settings)}
+        search = SearchOptions(num_trials=num_trials, **options)
+        opened.append(SmallDriver(output_dir, search, **settings))
+        return opened[-1]
+
+    yield small_driver
+    for each in opened:
+        each.tracker.close(INTERRUPTED)

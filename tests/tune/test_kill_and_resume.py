@@ -1,5 +1,6 @@
 """A search whose driver is killed goes on; a second driver waits; Ctrl-C is clean."""
 
+import json
 import os
 import shutil
 import signal
@@ -165,3 +166,20 @@ def test_a_killed_and_an_interrupted_search_go_on_to_the_same_records(driver: Dr
         assert [point.step for point in points] == list(range(1, len(points) + 1))
         values = {point.step: point.value for point in points}
         assert values == pytest.approx(trial.intermediate_values)
+
+
+@pytest.mark.timeout(600)
+def test_a_small_campaign_of_kills(tmp_path: Path) -> None:
+    """Workers, drivers and everything, at random moments; the large one is a benchmark."""
+    script = PIPELINE.parents[1] / "benchmarks" / "kill_campaign.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--kills", "3", "--out", str(tmp_path / "result.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert sum(result["kills"].values()) == 3
+    assert result["trials_each"] == 8
