@@ -17,7 +17,7 @@ from rum.tasks import CopyingConfig
 from rum.training.config import TrainingConfig
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 240.0
 SECRET = "hunter2"
 
 QUICK = ("tune_ptb", "preset=quick")
