@@ -17,7 +17,7 @@ from rum.tasks import CopyingConfig
 from rum.training.config import TrainingConfig
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
-DEADLINE_SECONDS = 120.0
+DEADLINE_SECONDS = 240.0
 SECRET = "hunter2"
 
 QUICK = ("tune_ptb", "preset=quick")
@@ -41,6 +41,10 @@ COMMANDS = {
     "continue nothing": ("resume", "study=mine", "training.max_epochs=9"),
     "check nothing": ("check", "study=mine"),
     "show nothing": ("study", "action=show", "study=mine"),
+    "queue into nothing": (
+        *("study", "action=enqueue", "study=mine"),
+        "parameters={model.hidden_size: 100}",
+    ),
     "list nothing": ("study", "json=true"),
     "unknown action": ("study", "action=halt"),
     "evaluate": ("evaluate", "checkpoint=CHECKPOINT"),
@@ -308,6 +312,7 @@ def test_studies_that_are_not_there_are_an_empty_list_or_an_error(outcomes: Outc
     assert "there is no study 'mine'" in shown.error
     assert shown.out == ""
     assert "action must be one of" in outcomes["unknown action"].error
+    assert "there is no study 'mine'" in outcomes["queue into nothing"].error
     assert listed.written == shown.written == set()
 
 

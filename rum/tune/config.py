@@ -260,7 +260,7 @@ class StudyConfig:
     """Of "extend", instead of `by`: so many trials in all; repeated, it changes nothing."""
     trial: int | None = None
     """Of "stop_trial": its number."""
-    parameters: dict[str, Any] = field(default_factory=dict)
+    parameters: Any = None  # a dict, to which Hydra would let nobody add
     """Of "enqueue": values by dotted name of the option; the rest of the space is sampled."""
     again: bool = False
     """Of "enqueue": also if the same was queued before."""
@@ -288,7 +288,7 @@ class StudyConfig:
         }
         for action, names in taken.items():
             for name in names:
-                if getattr(self, name) not in (None, False, 0, {}) and action != self.action:
+                if getattr(self, name) not in (None, False, 0) and action != self.action:
                     raise ConfigError(
                         f"{name} belongs to action={action}, but action is {self.action}"
                     )
@@ -303,10 +303,12 @@ class StudyConfig:
             raise ConfigError("action=stop_trial needs trial=<number>")
         if self.trial is not None:
             check_at_least("trial", self.trial, 0)
-        if self.action == "enqueue" and not self.parameters:
+        if self.action == "enqueue" and not (
+            isinstance(self.parameters, dict) and self.parameters
+        ):
             raise ConfigError(
                 "action=enqueue needs at least one option: "
-                "'parameters={model.hidden_size: 100}', got none"
+                f"'parameters={{model.hidden_size: 100}}', got {self.parameters!r}"
             )
         check_at_least("keep_best", self.keep_best, 0)
 

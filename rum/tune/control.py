@@ -194,7 +194,7 @@ def _change(study: Study, config: StudyConfig) -> dict[str, Any]:
     """Gives the order that an action stands for, unless there is nothing to do."""
     folder = _folder(study.name, config)
     driver = driver_of(folder)
-    parameters = check_values(config.parameters, _space(study))
+    parameters = check_values(config.parameters or {}, _space(study))
     order = Order(config.action, driver, config.by, config.to, config.trial, parameters)
     nothing = {
         STOP: _nothing_to_stop,
