@@ -49,7 +49,7 @@ OPTIONS = (
     f"study={STUDY}",
 )
 TARGETS = ("worker", "worker", "driver", "everything")
-LONGEST_WAIT = 8.0  # seconds between two kills
+LONGEST_WAIT = 15.0  # seconds between two kills
 DEADLINE = 300.0
 
 

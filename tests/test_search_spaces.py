@@ -477,17 +477,22 @@ def examples(primary: str) -> list[list[str]]:
     return found
 
 
+def _filled_in(override: str) -> str:
+    """With a name in the place of <...>."""
+    return re.sub(r"<\w+>", "name", override)
+
+
 @pytest.mark.parametrize("primary", PRIMARIES)
 def test_the_commands_in_help_work(primary: str) -> None:
     commands = examples(primary)
     assert commands
     for script, *overrides in commands:
         assert script == f"pipelines/{primary}.py"
-        cfg = compose(primary, [o.replace("<name>", "name") for o in overrides])
+        cfg = compose(primary, [_filled_in(o) for o in overrides])
         for override in overrides:
             name, value = override.split("=", 1)
             if name not in ("model", "task", "tracking", "preset", "experiment"):
-                expected = value.replace("<name>", "name")
+                expected = _filled_in(value)
                 assert str(OmegaConf.select(cfg, name)) in (expected, expected.capitalize())
         if primary not in REQUIRED or any(o.startswith("checkpoint=") for o in overrides):
             OmegaConf.to_object(cfg)
