@@ -49,7 +49,7 @@ OPTIONS = (
     f"study={STUDY}",
 )
 TARGETS = ("worker", "worker", "driver", "everything")
-LONGEST_WAIT = 15.0  # seconds between two kills
+LONGEST_WAIT = 6.0  # seconds from a driver's start, or from its first epoch, to a kill
 DEADLINE = 300.0
 
 
@@ -106,6 +106,15 @@ class Search:
                 continue
         return found
 
+    def wait_for_progress(self, before: list[FrozenTrial]) -> None:
+        """Until the driver has recorded an epoch, or ended."""
+        assert self.driver is not None
+        driver, known = self.driver, _num_epochs(before)
+        _wait_until(
+            lambda: driver.poll() is not None or _num_epochs(self.trials()) > known,
+            "an epoch is recorded",
+        )
+
     def kill(self, target: str, generator: random.Random) -> str | None:
         """Kills; returns what was killed, None if there was no such process."""
         assert self.driver is not None
@@ -122,6 +131,10 @@ class Search:
         self.driver.wait()
         _wait_until(lambda: not self.processes(), "the driver's processes end")
         return target
+
+
+def _num_epochs(trials: list[FrozenTrial]) -> int:
+    return sum(len(trial.intermediate_values) for trial in trials)
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -197,6 +210,8 @@ def run_to_end(search: Search, kills: int, generator: random.Random) -> Counter[
     while True:
         moment = generator.uniform(0.0, LONGEST_WAIT)
         target = generator.choice(TARGETS)
+        if generator.random() < 0.5 or target == "worker":
+            search.wait_for_progress(before)
         try:
             done = search.driver.wait(DEADLINE if killed.total() >= kills else moment)
         except subprocess.TimeoutExpired:
