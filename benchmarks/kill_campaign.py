@@ -28,7 +28,7 @@ from mlflow import MlflowClient
 from optuna.trial import FrozenTrial
 
 from rum.tune.config import SamplerConfig
-from rum.tune.study import Study, open_storage
+from rum.tune.study import Study, open_storage, study_names
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "kill_campaign.json"
@@ -68,7 +68,7 @@ class Search:
 
     def start(self) -> None:
         """Starts a driver, which goes on where the last one was killed."""
-        exists = bool(self.trials())
+        exists = self.study() is not None
         command = [sys.executable, str(ROOT / "pipelines" / "tune_copying.py"), *OPTIONS]
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         self.driver = subprocess.Popen(
@@ -80,18 +80,20 @@ class Search:
             start_new_session=True,
         )
 
-    def trials(self) -> list[FrozenTrial]:
-        """What the study holds now."""
+    def study(self) -> Study | None:
+        """The study as another process sees it; None before it is made."""
         output = self.folder / "outputs"
         if not (output / "optuna.db").exists():
-            return []
+            return None
         storage = open_storage(output)
-        try:
-            return Study(storage, STUDY, {}, SamplerConfig()).trials()
-        except KeyError:  # not made yet
-            return []
-        finally:
-            storage.engine.dispose()
+        return (
+            Study(storage, STUDY, {}, SamplerConfig()) if STUDY in study_names(storage) else None
+        )
+
+    def trials(self) -> list[FrozenTrial]:
+        """What the study holds now."""
+        study = self.study()
+        return study.trials() if study is not None else []
 
     def processes(self) -> list[psutil.Process]:
         """All of the driver's session that live."""
