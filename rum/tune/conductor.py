@@ -9,6 +9,7 @@ MLflow.
 import json
 import logging
 import time
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -75,6 +76,7 @@ class Conductor:
         workplace: Workplace,
         limits: Limits | None = None,
         budget: Budget | None = None,
+        max_failures: int = 0,
     ) -> None:
         """Takes over a study: what an earlier driver left open is queued first.
 
@@ -87,6 +89,7 @@ class Conductor:
             workplace: Where the trials' checkpoints are.
             limits: What a candidate may take; None admits all.
             budget: What all trials together may use; None is no end.
+            max_failures: Times that a trial whose process died before it ran starts again.
         """
         self._study = study
         self._base = base
@@ -98,10 +101,13 @@ class Conductor:
         self._workplace = workplace
         self._limits = limits
         self._budget = budget
+        self._max_failures = max_failures
         self._is_stopping = False
         self._refused_in_a_row = 0
         self._last_epoch: dict[int, int] = {}
         self._running: dict[int, TrialSpec] = {}
+        self._not_started: list[TrialSpec] = []
+        self._failed_starts: Counter[int] = Counter()
         self._paused: dict[int, int] = {}
         for trial in study.trials():
             if is_sound(trial):
@@ -184,6 +190,8 @@ class Conductor:
         is_idle = self._asked >= self._study.target
         if self._adopted:
             spec = self._taken_up(self._adopted.pop(0))
+        elif self._not_started:
+            spec = self._not_started.pop(0)
         elif self._is_stopping:
             return None
         elif (number := self._scheduler.promoted(self._paused, is_idle=is_idle)) is not None:
@@ -357,6 +365,17 @@ class Conductor:
         if end is not None:
             self._end(number, TrialState.PRUNED, reason=end, worker=message["worker"])
         return end is not None
+
+    def on_not_started(self, number: int) -> TrialSpec | None:
+        """Takes that a trial's process died before it ran; returns it if it is to start again."""
+        self._failed_starts[number] += 1
+        if number not in self._running:
+            return None
+        if self._failed_starts[number] > self._max_failures:
+            self.on_lost(number, "its process died before it ran")
+            return None
+        self._not_started.append(self._running[number])
+        return self._running[number]
 
     def on_lost(self, number: int, reason: str) -> None:
         """Takes that a trial ended without saying so (its process died too often)."""

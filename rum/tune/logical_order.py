@@ -104,6 +104,17 @@ class LogicalOrder:
             self._in_ray.discard(number)
         return is_over
 
+    def on_not_started(self, number: int) -> None:
+        """Takes that a trial's process died before it ran: it is handed out again."""
+        self._in_ray.discard(number)
+        if number not in self._lanes or self._is_waiting(number):
+            return
+        spec = self._conductor.next_trial() if self._conductor.on_not_started(number) else None
+        if spec is not None:
+            self._ready.appendleft(spec)
+        else:
+            self.on_lost(number, "its process died before it ran")
+
     def on_lost(self, number: int, reason: str) -> None:
         """Takes that a trial ended without saying so."""
         self._in_ray.discard(number)

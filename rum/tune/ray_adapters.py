@@ -32,22 +32,18 @@ class ConductedSearcher(_NotPickled, Searcher):
     def __init__(self, conductor: Conductor | LogicalOrder) -> None:
         super().__init__(metric=None, mode=None)
         self._conductor = conductor
-        self._numbers: dict[str, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """Opens the next trial; None makes Ray ask again later."""
         spec = self._conductor.next_trial()
         if spec is None:
             return str(Searcher.FINISHED) if self._conductor.is_done else None
-        self._numbers[trial_id] = spec.number
         return {"number": spec.number, "parameters": spec.parameters, "origin": spec.origin}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Matters only for a trial whose process died; the others have said how they ended."""
-        if error:
-            self._conductor.on_lost(self._numbers[trial_id], "its process died")
+        """Nothing: trials say how they end, and the scheduler hears of lost ones first."""
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: the scheduler has seen every result first."""
@@ -70,6 +66,14 @@ class ConductedScheduler(_NotPickled, FIFOScheduler):
         """Decides whether a trial goes on."""
         stop = self._conductor.on_message(json.loads(result["message"]))
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """Takes that a trial's process died too often, or before it ran, where Ray gives up."""
+        number = trial.config["number"]
+        if trial.should_recover():
+            self._conductor.on_not_started(number)
+        else:
+            self._conductor.on_lost(number, "its process died")
 
 
 class ConductedStopper(_NotPickled, Stopper):

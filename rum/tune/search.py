@@ -311,7 +311,17 @@ def conduct(
                 gpus_per_trial=resources(config)["GPU"],
                 first_epochs=first_epochs(config),
             )
-            conductor = Conductor(study, base, task, scheduler, tracker, workplace, limits, budget)
+            conductor = Conductor(
+                study,
+                base,
+                task,
+                scheduler,
+                tracker,
+                workplace,
+                limits,
+                budget,
+                config.search.max_failures,
+            )
             obey(Orders(folder), study, conductor)
             if not conductor.is_done:
                 with running_ray() as machine:

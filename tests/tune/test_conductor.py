@@ -77,7 +77,9 @@ class Driver:
         self.tracker = Tracker(
             client, experiment_id, "study", TASK, tags, {"a": 1}, study_id=self.study.id
         )
-        self.conductor = Conductor(self.study, BASE, TASK, scheduler, self.tracker, self.workplace)
+        self.conductor = Conductor(
+            self.study, BASE, TASK, scheduler, self.tracker, self.workplace, max_failures=2
+        )
 
     def start(self) -> int:
         spec = self.conductor.next_trial()
@@ -683,3 +685,22 @@ def test_a_copy_of_the_best_takes_the_place_of_the_worst(driver: Callable[..., D
     again = driver(target=5, scheduler=population())  # the old one died: nothing is queued twice
     assert again.study.target == 5
     assert len(again.study.trials()) == 5
+
+
+def test_a_trial_whose_process_died_before_it_ran_starts_again(
+    driver: Callable[..., Driver], books: Callable[..., Any]
+) -> None:
+    search = driver(target=2)
+    number = search.start()
+    for _ in range(2):
+        assert search.conductor.on_not_started(number) is not None
+        assert search.start() == number
+    assert not search.tell(number, 0.5, 0.4, 0.3, 0.2)
+    other = search.start()
+    for _ in range(2):
+        search.conductor.on_not_started(other)
+        assert search.start() == other
+    assert search.conductor.on_not_started(other) is None
+    trials, runs = books(search)
+    assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL"]
+    assert runs[other].data.tags["rum.reason"] == "crashed: its process died before it ran"

@@ -57,7 +57,13 @@ class Driver:
         halving = Halving([1, 3], 3, "min", pauses=scheduler != "asha", plateau=plateau)
         tracker: Any = NoTracker()
         self.conductor = Conductor(
-            self.study, BASE, TASK, halving, tracker, Workplace({}, "/nowhere", None)
+            self.study,
+            BASE,
+            TASK,
+            halving,
+            tracker,
+            Workplace({}, "/nowhere", None),
+            max_failures=1000,
         )
         self.order = LogicalOrder(self.conductor, self.study, WORKERS)
         self.generator = generator
@@ -75,6 +81,10 @@ class Driver:
             if not workers:
                 continue  # that was the end
             worker = self.generator.choice(workers)
+            if worker[2] == 1 and self.generator.random() < 0.1:  # its process died before it ran
+                workers.remove(worker)
+                self.order.on_not_started(worker[0])
+                continue
             number, parameters, epoch = worker
             fate = outcome(number, parameters)
             checkpoints[number] = max(checkpoints.get(number, 0), epoch)
