@@ -1,5 +1,6 @@
 """An interrupted and resumed run equals an uninterrupted one bit for bit."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from rum.cells import (
     RUMConfig,
 )
 from rum.errors import CheckpointError, DivergedError, RumError
-from rum.experiment import ExperimentConfig, run_experiment
+from rum.experiment import ExperimentConfig, experiment_from_plain, run_experiment
 from rum.tasks import CharacterLMConfig, CopyingConfig, RecallConfig, Task, TaskConfig
 from rum.training.checkpoint import CheckpointStore, load_state
 from rum.training.config import ScheduleConfig, TrainingConfig
@@ -182,7 +183,7 @@ SCRIPT = """
 import os, sys
 from pathlib import Path
 from rum.cells import RUMConfig
-from rum.experiment import ExperimentConfig, run_experiment
+from rum.experiment import ExperimentConfig, experiment_from_plain, run_experiment
 from rum.tasks import CopyingConfig
 from rum.training.config import TrainingConfig
 
@@ -381,12 +382,21 @@ def test_a_run_cannot_begin_from_another_model(tmp_path: Path) -> None:
     task = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=5)
     train(MODELS["rum"], task, tmp_path / "origin")
     origin = CheckpointStore(tmp_path / "origin").last()
-    other = RUMConfig(hidden_size=8, num_layers=2, layer_norm=True, eta=2.0)  # the same weights
+    assert origin is not None
+    same = experiment_from_plain(origin.description["experiment"]).model
+    other = dataclasses.replace(same, activation="tanh")  # the same weights
     config = ExperimentConfig(model=other, task=task, training=TrainingConfig(threads=1))
 
     with pytest.raises(CheckpointError, match=r"of another model: .*expected"):
         run_experiment(config, loaded(task), tmp_path / "new", lambda _: None, begin_from=origin)
     assert not (tmp_path / "new").exists()
+    # What no weight depends on may change in mid-training.
+    other = dataclasses.replace(same, eta=2.0, zoneout=0.1)
+    training = TrainingConfig(threads=1, max_epochs=3)
+    config = ExperimentConfig(model=other, task=task, training=training)
+    reports: list[Report] = []
+    run_experiment(config, loaded(task), tmp_path / "new", reports.append, begin_from=origin)
+    assert [report["epoch"] for report in reports] == [3]
 
 
 @pytest.mark.parametrize(

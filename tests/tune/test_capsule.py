@@ -298,7 +298,7 @@ def test_trials_of_a_search_are_repeated_as_far_as_they_got(output_dir: Path) ->
         task=EXPERIMENT.task,
         training=dataclasses.replace(EXPERIMENT.training, threads=None),
         space={"training.learning_rate": Domain(type="float", low=1e-4, high=1e-1, log=True)},
-        scheduler=SchedulerConfig(grace_epochs=2, reduction_factor=2),
+        scheduler=SchedulerConfig(grace_epochs=2, reduction_factor=2, plateau_band=None),
         search=SearchOptions(num_trials=4),
         study="mine",
         output_dir=str(output_dir),
