@@ -260,16 +260,17 @@ def main() -> None:
         shutil.rmtree(folder)
         searches += 1
         print(f"{searches} searches, {killed.total()} kills: {dict(killed)}", flush=True)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "seed": arguments.seed,
-        "kills": dict(killed),
-        "searches": searches - 1,
-        "trials_each": len(undisturbed),
-        "violations": 0,
-        "minutes": round((time.monotonic() - began) / 60, 1),
-    }
-    arguments.out.write_text(json.dumps(result, indent=1))
+        if searches > 1:
+            result = {
+                "date": datetime.date.today().isoformat(),
+                "seed": arguments.seed,
+                "kills": dict(killed),
+                "searches": searches - 1,
+                "trials_each": len(undisturbed),
+                "violations": 0,
+                "minutes": round((time.monotonic() - began) / 60, 1),
+            }
+            arguments.out.write_text(json.dumps(result, indent=1))
     shutil.rmtree(root)
 
 

@@ -46,11 +46,12 @@ from rum.tune.study import (
     is_sound,
     run_status,
 )
-from rum.tune.succession import enqueue_successor
+from rum.tune.succession import enqueue_successor, has_successor
 from rum.tune.tracking import (
     ATTRIBUTES_TAG,
     INTERRUPTED,
     PARAMETERS_TAG,
+    RUNNING,
     SEQUENCE_TAG,
     TARGET_TAG,
     Tracker,
@@ -142,6 +143,11 @@ class Conductor:
         for trial in self._study.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL):
             if not ended(self._tracker.known_status(trial.number)):
                 self._record(trial)
+        for number, epoch in self._paused.items():
+            trial = self._study.trial(number)
+            self._start_run(number, trial.params, trial.user_attrs.get(ORIGIN))
+            self._log_missing(number, epoch)
+            self._record_pause(number, epoch)
 
     def _record(self, trial: FrozenTrial) -> None:
         """Writes a trial that has ended to MLflow."""
@@ -203,6 +209,7 @@ class Conductor:
                 return self._open_next()
             spec = self._taken_up(self._study.trial(number))
             self._study.note(number, RESUMED, epoch)
+            self.record_attributes(number)
         elif not is_idle:
             if self._beyond_budget(0) is not None:
                 return None
@@ -220,6 +227,11 @@ class Conductor:
     def is_done(self) -> bool:
         """Whether no trial is left to start or to go on with."""
         return self.num_open == 0 or self._is_stopping or self.out_of_budget is not None
+
+    @property
+    def max_epochs(self) -> int:
+        """Epochs of a trial that nothing ends."""
+        return self._base.training.max_epochs
 
     @property
     def out_of_budget(self) -> str | None:
@@ -249,6 +261,8 @@ class Conductor:
         for noted in (RUNG, REASON):  # an end that was noted and not reached: judged anew
             if noted in frozen.user_attrs:
                 self._study.note(spec.number, noted, None)
+        if frozen.user_attrs.get(PAUSED) not in (None, *frozen.intermediate_values):
+            self._study.note(spec.number, PAUSED, frozen.user_attrs.get(RESUMED))
         self._last_epoch[spec.number] = max(frozen.intermediate_values, default=0)
         return spec
 
@@ -261,11 +275,16 @@ class Conductor:
     def _is_replaced(self, number: int, epoch: int) -> bool:
         """Whether another trial's copy takes the place of a paused one: it is queued then."""
         population = self._scheduler
-        if not (isinstance(population, Population) and population.is_beaten(number, epoch)):
+        if not isinstance(population, Population):
+            return False
+        if has_successor(self._study, number):  # the driver died before this one ended
+            return True
+        if not population.is_beaten(number, epoch):
             return False
         before = len(self._study.trials())
         done = enqueue_successor(self._study, population, self._workplace, number, epoch)
         self._study.target += len(self._study.trials()) - before
+        self.record_target()
         return done
 
     def _refuse(self, spec: TrialSpec) -> bool:
@@ -351,8 +370,7 @@ class Conductor:
             if verdict is Verdict.PAUSE:
                 del self._running[number]
                 self._paused[number] = epoch
-                tags = {"rum.state": "paused", "rum.paused_after": str(epoch)}
-                self._tracker.end_trial(number, INTERRUPTED, tags)
+                self._record_pause(number, epoch)
                 return True
             if verdict is Verdict.STOP:
                 reason = _why_stopped(self._study.trial(number))
@@ -365,6 +383,19 @@ class Conductor:
         if end is not None:
             self._end(number, TrialState.PRUNED, reason=end, worker=message["worker"])
         return end is not None
+
+    def _record_pause(self, number: int, epoch: int) -> None:
+        tags = {"rum.state": "paused", "rum.paused_after": str(epoch)}
+        tags[ATTRIBUTES_TAG] = self._attributes(number)
+        self._tracker.mark_trial(number, INTERRUPTED, tags)
+
+    def record_attributes(self, number: int) -> None:
+        """Writes to MLflow what the study notes of a running trial, for it to be rebuilt."""
+        self._tracker.mark_trial(number, RUNNING, {ATTRIBUTES_TAG: self._attributes(number)})
+
+    def _attributes(self, number: int) -> str:
+        attributes = self._study.trial(number).user_attrs
+        return json.dumps({k: v for k, v in attributes.items() if k != REASON})
 
     def on_not_started(self, number: int) -> TrialSpec | None:
         """Takes that a trial's process died before it ran; returns it if it is to start again."""
@@ -413,15 +444,14 @@ class Conductor:
 
     def _end_run(self, trial: FrozenTrial, worker: dict[str, Any] | None = None) -> None:
         reason = str(trial.user_attrs.get(REASON) or "")
-        attributes = {k: v for k, v in trial.user_attrs.items() if k != REASON}
         state = INFEASIBLE if is_infeasible(trial) else trial.state.name
-        tags = {"rum.state": state, ATTRIBUTES_TAG: json.dumps(attributes)}
+        tags = {"rum.state": state, ATTRIBUTES_TAG: self._attributes(trial.number)}
         if reason:
             tags["rum.reason"] = reason
         if trial.user_attrs.get(RUNG) is not None:
             tags["rum.rung"] = str(trial.user_attrs[RUNG])
         tags |= {f"rum.worker_{key}": str(value) for key, value in (worker or {}).items()}
-        self._tracker.end_trial(trial.number, run_status(trial), tags, at=trial.datetime_complete)
+        self._tracker.mark_trial(trial.number, run_status(trial), tags, at=trial.datetime_complete)
 
     # What is ordered from outside
 
@@ -458,7 +488,7 @@ class Conductor:
             self._budget.keep()
         waiting = [t.number for t in self._adopted if self._tracker.known_status(t.number)]
         for number in [*self._running, *waiting]:
-            self._tracker.end_trial(number, INTERRUPTED, {"rum.state": "interrupted"})
+            self._tracker.mark_trial(number, INTERRUPTED, {"rum.state": "interrupted"})
 
     # How it stands
 

@@ -187,6 +187,11 @@ class SearchConfig(ExperimentConfig, PublishedConfig):
             check_file_name("study", self.study)
         check_choice("study_exists", self.study_exists, ("error", "extend", "new"))
         check_choice("resume", self.resume, ("no", "yes", "from_mlflow"))
+        if self.scheduler.name == "pbt" and self.search.deterministic:
+            raise ConfigError(
+                "scheduler=pbt copies the checkpoints that are there, which depends on how fast "
+                "the workers are: it does not go with search.deterministic=true"
+            )
         if self.tracking.name != "mlflow":
             raise ConfigError(
                 f"a search is recorded: tracking must be mlflow, got {self.tracking.name}"
@@ -229,6 +234,11 @@ class ResumeConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
         check_at_least("top", self.top, 1)
+        if self.search.deterministic:
+            raise ConfigError(
+                "search.deterministic=true is for searches: continued trials do not depend on "
+                "each other"
+            )
 
 
 @dataclass(kw_only=True)

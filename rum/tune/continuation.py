@@ -84,7 +84,8 @@ def continue_best(config: ResumeConfig) -> str:
         study = Study(storage, name, search.space, search.sampler, fit)
         check_definition(study, definition)
         claim_folder(output_dir / "studies" / name, study)
-        queued = {trial.user_attrs[ORIGIN]["trial"] for trial in study.trials()}
+        origins = [trial.user_attrs.get(ORIGIN) for trial in study.trials()]
+        queued = {origin["trial"] for origin in origins if origin}
         for trial in ranked[: config.top]:
             if trial.number not in queued:
                 run = trial_run(client, experiment_id, config.study, trial.number, origin_study.id)

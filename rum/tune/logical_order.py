@@ -77,6 +77,8 @@ class LogicalOrder:
 
     def next_trial(self) -> TrialSpec | None:
         """The next trial to start or to go on with, None while there is none."""
+        if not self._lanes:
+            self._asked = False  # the study may have been extended meanwhile
         self._advance()
         # A trial that goes on waits for the worker that was told too late that it is paused.
         if not self._ready or self._ready[0].number in self._in_ray:
@@ -94,8 +96,6 @@ class LogicalOrder:
                 lane.last_words = message
             else:
                 epoch = int(message["report"]["epoch"])
-                if status == messages.FINISHED:  # a driver may have died before it took the end
-                    lane.next_epoch = min(lane.next_epoch, epoch)
                 if epoch >= lane.next_epoch:
                     lane.inbox[epoch] = message
         self._advance()
@@ -163,8 +163,11 @@ class LogicalOrder:
         if not _is_noted(trial):
             began.append([max(heapq.heappop(self._free), self._clock), done])
             self._study.note(spec.number, BEGAN, began)
+            self._conductor.record_attributes(spec.number)
         time, epoch = began[-1]
-        self._lanes[spec.number] = _Lane(time, epoch, done + 1)
+        # All epochs may be on record, and the end not.
+        due = min(done + 1, self._conductor.max_epochs)
+        self._lanes[spec.number] = _Lane(time, epoch, due)
         self._ready.append(spec)
 
 

@@ -115,7 +115,9 @@ def _training_seconds(workplace: Workplace, number: int) -> float | None:
         last = CheckpointStore(workplace.trial_folder(number)).last()
     except CheckpointError:
         return None
-    reports = last.reports if last else []
+    if last is None:
+        return None
+    reports = [*last.description.get("before", []), *last.reports]  # the origin's too
     return sum(report["time/training_seconds"] for report in reports) or None
 
 

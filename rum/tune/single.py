@@ -62,7 +62,7 @@ def record_run(
     except Exception as error:
         status = FAILED
         kind = "diverged" if isinstance(error, DivergedError) else "crashed"
-        tracker.end_trial(None, FAILED, {"rum.reason": f"{kind}: {error}"})
+        tracker.mark_trial(None, FAILED, {"rum.reason": f"{kind}: {error}"})
         raise
     finally:
         tracker.close(status)

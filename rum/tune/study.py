@@ -165,10 +165,14 @@ def claim_folder(folder: Path, study: "Study") -> None:
     """Moves away trials that another study of the same name left (its records were deleted)."""
     marker = folder / "study_id"
     owner = marker.read_text() if marker.exists() else "unknown"
-    trials = folder / "trials"
-    if owner != study.id and trials.exists():
-        trials.rename(folder / f"trials-of-{owner[:8]}-before-{study.id[:8]}")
-    marker.write_text(study.id)
+    if owner == study.id:
+        return
+    for name in ("trials", "origins", "orders"):
+        if (folder / name).exists():
+            (folder / name).rename(folder / f"{name}-of-{owner[:8]}-before-{study.id[:8]}")
+    partial = folder / "study_id.partial"
+    partial.write_text(study.id)
+    partial.rename(marker)
 
 
 @dataclass(frozen=True)
@@ -305,15 +309,18 @@ class Study:
         """Opens the next trial: an enqueued one, else a new sample."""
         waiting = self.trials(TrialState.WAITING)
         number = waiting[0].number if waiting else len(self.trials())
+        self._sampled.sampler = self._sampler_of(number)
+        return self._suggest(self._sampled.ask())
+
+    def _sampler_of(self, number: int) -> optuna.samplers.BaseSampler:
         last = self.trials()[max(0, number - REFUSED_IN_A_ROW) : number]
         is_stuck = len(last) == REFUSED_IN_A_ROW and all(map(is_infeasible, last))
         sampler = dataclasses.replace(self._sampler, name="random") if is_stuck else self._sampler
-        self._sampled.sampler = build_sampler(sampler, number)
-        return self._suggest(self._sampled.ask())
+        return build_sampler(sampler, number)
 
     def adopt(self, frozen: FrozenTrial) -> TrialSpec:
         """Opens a trial that was running when its driver died, or that was paused."""
-        self._sampled.sampler = build_sampler(self._sampler, frozen.number)
+        self._sampled.sampler = self._sampler_of(frozen.number)
         return self._suggest(optuna.Trial(self._sampled, frozen._trial_id))
 
     def _suggest(self, trial: optuna.Trial) -> TrialSpec:
@@ -369,7 +376,7 @@ class _PausedAsPruned:
         trials = self._storage.get_all_trials(study_id, deepcopy=deepcopy)
         shown = []
         for trial in trials:
-            if trial.state == TrialState.RUNNING and PAUSED in trial.user_attrs:
+            if trial.state == TrialState.RUNNING and trial.user_attrs.get(PAUSED) is not None:
                 trial = copy.copy(trial)
                 trial.state = TrialState.PRUNED
             if states is None or trial.state in states:

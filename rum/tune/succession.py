@@ -23,8 +23,7 @@ def enqueue_successor(
     Returns:
         Whether there is one; not if its source is at its end, or has no checkpoint.
     """
-    origins = [trial.user_attrs.get(ORIGIN) or {} for trial in study.trials()]
-    if any(origin.get("replaces") == number for origin in origins):
+    if has_successor(study, number):
         return True
     source = population.source_for(number, epoch)
     checkpoint = _copied_checkpoint(workplace, source, number)
@@ -33,9 +32,20 @@ def enqueue_successor(
     if checkpoint.description["epoch"] >= workplace.experiment["training"]["max_epochs"]:
         return False
     parameters = population.mutated(number, study.trial(source).params)
-    origin = {"trial": source, "checkpoint": str(checkpoint.path), "replaces": number}
+    origin = {
+        "study": study.name,
+        "trial": source,
+        "checkpoint": str(checkpoint.path),
+        "replaces": number,
+    }
     study.enqueue(parameters, origin)
     return True
+
+
+def has_successor(study: Study, number: int) -> bool:
+    """Whether a trial was queued in the place of `number`."""
+    origins = [trial.user_attrs.get(ORIGIN) or {} for trial in study.trials()]
+    return any(origin.get("replaces") == number for origin in origins)
 
 
 def _copied_checkpoint(workplace: Workplace, source: int, number: int) -> Checkpoint | None:

@@ -128,7 +128,13 @@ def _experiment_id(client: MlflowClient, name: str, uri: str, output_dir: Path) 
     location = (output_dir.absolute() / "mlartifacts").as_uri() if local else None
     # The kind decides which pages the UI shows first: training runs, not language-model traces.
     kind = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(name, artifact_location=location, tags=kind))
+    try:
+        return str(client.create_experiment(name, artifact_location=location, tags=kind))
+    except MlflowException:
+        made = client.get_experiment_by_name(name)  # by another process, meanwhile
+        if made is None:
+            raise
+        return str(made.experiment_id)
 
 
 class Tracker:
@@ -306,14 +312,14 @@ class Tracker:
 
         self._enqueue(job)
 
-    def end_trial(
+    def mark_trial(
         self,
         number: int | None,
         status: str,
         tags: Mapping[str, str],
         at: datetime | None = None,
     ) -> None:
-        """Sets the final status of a trial's run (None: the parent's), ended `at` then, or now."""
+        """Sets status and tags of a trial's run (None: the parent's), ended `at` then, or now."""
 
         def job() -> None:
             run_id = self.run_id(number)

@@ -46,7 +46,7 @@ def books(output_dir: Path) -> tuple[CheckConfig, MlflowClient, list[str]]:
         study.note(number, REASON, "why not")
         study.finish(number, state, 0.5 if state == TrialState.COMPLETE else None)
         ended = study.trial(number).datetime_complete
-        tracker.end_trial(number, status, {"rum.reason": "why not"}, at=ended)
+        tracker.mark_trial(number, status, {"rum.reason": "why not"}, at=ended)
     study.enqueue({"model.hidden_size": 9}, {"run_id": "x"})
     tracker.close(FINISHED)
     config = CheckConfig(study="mine", output_dir=str(output_dir))

@@ -1,6 +1,7 @@
 """The books of a search without Ray: trials handed out by hand, messages told by hand."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from rum.tune.schedulers import Population, Scheduler
 from rum.tune.schedulers.halving import Halving
 from rum.tune.space import apply
 from rum.tune.study import PAUSED, RUNG, Study, ensure_study, is_paused, open_storage
+from rum.tune.succession import has_successor
 from rum.tune.tracking import INTERRUPTED, Tracker, connect
 
 BASE = ExperimentConfig(
@@ -648,6 +650,38 @@ def test_the_sampler_learns_from_paused_trials(driver: Callable[..., Driver]) ->
     assert search.study.trial(number).state == TrialState.RUNNING
 
 
+def test_a_pause_that_is_judged_otherwise_leaves_no_trace(driver: Callable[..., Driver]) -> None:
+    first = driver(target=2, milestones=(1,), pauses=True)
+    a, b = first.start(), first.start()
+    first.study.note(a, PAUSED, 1)  # and here the driver dies
+    second = driver(target=2, milestones=(1,), pauses=True)
+    assert [second.start(), second.start()] == [a, b]
+    assert second.tell(b, 0.9)
+    assert not second.tell(a, 0.5)  # the better of two
+    assert not is_paused(second.study.trial(a))
+
+
+def test_a_pause_of_which_mlflow_did_not_hear_is_caught_up_with(
+    driver: Callable[..., Driver],
+    books: Callable[..., Any],
+    output_dir: Path,
+    runs_of: Callable[..., dict[int | None, Run]],
+) -> None:
+    first = driver(target=1, milestones=(1,), pauses=True)
+    number = first.start()
+    first.save_checkpoint(number, 0.5)
+    first.study.note(number, PAUSED, 1)
+    first.study.report(number, 1, 0.5)  # and here the driver dies
+    second = driver(target=1, milestones=(1,), pauses=True)
+    second.tracker.flush()
+    run = runs_of(output_dir, "study")[number]
+    assert run.data.tags["rum.state"] == "paused"
+    assert json.loads(run.data.tags["rum.attributes"]) == {"rum.paused": 1}
+    assert second.conductor.next_trial() is None
+    trials, _ = books(second)
+    assert trials[number].intermediate_values == {1: 0.5}
+
+
 # Population-based training
 
 
@@ -681,6 +715,9 @@ def test_a_copy_of_the_best_takes_the_place_of_the_worst(driver: Callable[..., D
     assert factor == pytest.approx(0.8) or factor == pytest.approx(1.2)
 
     assert search.start() == 1  # the next goes on
+    assert search.study.trial(0).user_attrs["rum.rung"] == 1
+    assert has_successor(search.study, 0)
+    assert not has_successor(search.study, 1)
 
     again = driver(target=5, scheduler=population())  # the old one died: nothing is queued twice
     assert again.study.target == 5

@@ -10,7 +10,14 @@ from rum.cells import RUMConfig
 from rum.errors import ConfigError
 from rum.tasks import CopyingConfig, RecallConfig, Task
 from rum.training.config import TrainingConfig
-from rum.tune.config import SCHEDULERS, Domain, SchedulerConfig, SearchConfig
+from rum.tune.config import (
+    SCHEDULERS,
+    Domain,
+    ResumeConfig,
+    SchedulerConfig,
+    SearchConfig,
+    SearchOptions,
+)
 from rum.tune.schedulers import Population, Verdict, build_scheduler
 from rum.tune.schedulers.halving import Halving, HyperBand
 from rum.tune.schedulers.median import MedianRule
@@ -125,3 +132,11 @@ def test_recall_stays_at_the_most_frequent_digit_of_a_sequence() -> None:
             count += 1
     assert task.plateau == task.baselines()["most_frequent_digit"] == hits / count
     assert task.plateau == pytest.approx(0.25, abs=0.03)
+
+
+def test_what_depends_on_the_workers_speed_is_not_deterministic() -> None:
+    search = SearchOptions(deterministic=True, max_concurrent=2)
+    with pytest.raises(ConfigError, match=r"does not go with search\.deterministic=true"):
+        dataclasses.replace(CONFIG, scheduler=SchedulerConfig(name="pbt"), search=search)
+    with pytest.raises(ConfigError, match="deterministic=true is for searches"):
+        ResumeConfig(study="mine", search=search)

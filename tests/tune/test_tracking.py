@@ -281,7 +281,7 @@ def test_a_trial_ends_with_its_status_and_tags(
 ) -> None:
     tracker = open_tracker()
     tracker.start_trial(0, "study-0000", PARAMETERS, {})
-    tracker.end_trial(0, status, {"rum.state": "X", "rum.reason": "r" * 6000})
+    tracker.mark_trial(0, status, {"rum.state": "X", "rum.reason": "r" * 6000})
     run = run_of(tracker, 0)
     assert run.info.status == expected
     assert run.data.tags["rum.state"] == "X"
@@ -313,7 +313,7 @@ def test_another_tracker_finds_the_runs_of_the_first(open_tracker: Callable[[], 
     first = open_tracker()
     first.start_trial(0, "study-0000", PARAMETERS, {})
     first.log_report(0, report(1, 2.5))
-    first.end_trial(0, INTERRUPTED, {})
+    first.mark_trial(0, INTERRUPTED, {})
     first.flush()
 
     second = open_tracker()
@@ -349,7 +349,7 @@ def test_the_status_that_an_earlier_driver_left_is_known(
 ) -> None:
     first = open_tracker()
     first.start_trial(0, "study-0000", PARAMETERS, {})
-    first.end_trial(0, KILLED, {})
+    first.mark_trial(0, KILLED, {})
     first.flush()
     second = open_tracker()
     assert [second.known_status(number) for number in (0, 1)] == ["KILLED", None]
@@ -400,7 +400,7 @@ def test_after_an_error_nothing_more_is_written_and_calls_still_return(
 ) -> None:
     client, experiment_id = connect(TrackingConfig(), output_dir)
     tracker = Tracker(client, experiment_id, "study", TASK, {}, {"search.num_trials": 3})
-    tracker.end_trial(9, FINISHED, {})  # has no run
+    tracker.mark_trial(9, FINISHED, {})  # has no run
     tracker.start_trial(0, "study-0000", PARAMETERS, {})
     with pytest.raises(TrackingError, match="trial 9 has no run"):
         tracker.close(FINISHED)
