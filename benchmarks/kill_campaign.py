@@ -28,7 +28,8 @@ from mlflow import MlflowClient
 from optuna.trial import FrozenTrial
 
 from rum.tune.config import SamplerConfig
-from rum.tune.study import Study, open_storage, study_names
+from rum.tune.database import open_storage
+from rum.tune.study import Study, study_names
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "kill_campaign.json"

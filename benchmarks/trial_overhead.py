@@ -18,8 +18,9 @@ from rum.tasks import CopyingConfig
 from rum.training.checkpoint import CheckpointStore
 from rum.training.config import TrainingConfig
 from rum.tune.config import Domain, SchedulerConfig, SearchConfig, SearchOptions
+from rum.tune.database import open_storage
 from rum.tune.search import run_search
-from rum.tune.study import Study, open_storage
+from rum.tune.study import Study
 
 TRIALS = 40
 WARM_UP = 10

@@ -14,8 +14,9 @@ from optuna.trial import FrozenTrial, TrialState
 from rum.errors import StudyError
 from rum.parameters import nearest
 from rum.tune.config import CheckConfig, SamplerConfig, output_folder
+from rum.tune.database import open_storage
 from rum.tune.provenance import option_text
-from rum.tune.study import REASON, RUNG, Study, open_storage, run_status, study_names
+from rum.tune.study import REASON, RUNG, Study, run_status, study_names
 from rum.tune.tracking import RUNNING, connect, milliseconds, study_runs
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)

@@ -18,19 +18,12 @@ from rum.tune.config import (
     SearchConfig,
     output_folder,
 )
+from rum.tune.database import open_storage
 from rum.tune.messages import Workplace
 from rum.tune.search import check_machine, conduct, define
 from rum.tune.sizing import fitting
-from rum.tune.study import (
-    ORIGIN,
-    Study,
-    check_definition,
-    claim_folder,
-    ensure_study,
-    locked,
-    open_storage,
-    study_names,
-)
+from rum.tune.study import ORIGIN, Study, check_definition, ensure_study, study_names
+from rum.tune.study_folder import claim_folder, locked
 from rum.tune.terminal import say
 from rum.tune.tracking import connect, trial_run
 
@@ -83,7 +76,7 @@ def continue_best(config: ResumeConfig) -> str:
         fit = fitting(search, model_sizes(task))
         study = Study(storage, name, search.space, search.sampler, fit)
         check_definition(study, definition)
-        claim_folder(output_dir / "studies" / name, study)
+        claim_folder(output_dir / "studies" / name, study.id)
         origins = [trial.user_attrs.get(ORIGIN) for trial in study.trials()]
         queued = {origin["trial"] for origin in origins if origin}
         for trial in ranked[: config.top]:

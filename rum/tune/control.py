@@ -12,22 +12,14 @@ from rum.errors import ConfigError, StudyError
 from rum.parameters import nearest
 from rum.tune.budget import usage
 from rum.tune.config import Domain, SamplerConfig, StudyConfig, output_folder
+from rum.tune.database import open_storage
 from rum.tune.freeing import free
 from rum.tune.orders import ENQUEUE, EXTEND, STOP, STOP_TRIAL, Order, Orders, obey
 from rum.tune.provenance import option_text
 from rum.tune.results import columns, how_ended, resume_command
 from rum.tune.space import check_values
-from rum.tune.study import (
-    COMMAND,
-    LockedStudyError,
-    Study,
-    driver_of,
-    is_paused,
-    locked,
-    open_storage,
-    queued_parameters,
-    study_names,
-)
+from rum.tune.study import COMMAND, Study, is_paused, queued_parameters, study_names
+from rum.tune.study_folder import LockedStudyError, driver_of, locked
 
 LOOK_SECONDS = 0.1
 

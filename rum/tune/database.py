@@ -3,18 +3,51 @@
 A process that dies while it makes tables would leave a file that nobody can open.
 """
 
+import fcntl
 import shlex
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import optuna
+import sqlalchemy
 
 from rum.errors import StudyError
 
 _TABLES = {"studies", "trials", "trial_params", "version_info"}
 _LOGS = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database
+
+
+def open_storage(output_dir: Path) -> optuna.storages.RDBStorage:
+    """Opens (or makes) the SQLite file that holds all studies below `output_dir`.
+
+    Raises:
+        StudyError: If it cannot be opened or is damaged; nothing is overwritten then.
+    """
+    path = output_dir / "optuna.db"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with (output_dir / "optuna.lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # two drivers that make the tables disturb each other
+            prepare_database(path)
+            storage = optuna.storages.RDBStorage(
+                f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 30}}
+            )
+        # Write-ahead log: a commit survives the death of any process without waiting for the disk.
+        sqlalchemy.event.listen(storage.engine, "connect", _use_write_ahead_log)
+        storage.engine.dispose()  # connections from before the listener
+    except (OSError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        raise StudyError(f"cannot open the studies in {output_dir}: {error}") from error
+    return storage
+
+
+def _use_write_ahead_log(connection: Any, _: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.close()
 
 
 def prepare_database(path: Path) -> None:

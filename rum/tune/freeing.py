@@ -16,7 +16,8 @@ from rum.errors import TrackingError
 from rum.tune.config import StudyConfig, output_folder
 from rum.tune.messages import Workplace
 from rum.tune.registry import ALIAS, ARTIFACT
-from rum.tune.study import ORIGIN, LockedStudyError, Study, driver_of, locked
+from rum.tune.study import ORIGIN, Study
+from rum.tune.study_folder import LockedStudyError, driver_of, locked
 from rum.tune.tracking import connect, study_runs
 
 

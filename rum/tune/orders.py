@@ -19,7 +19,8 @@ from typing import Any
 from optuna.trial import TrialState
 
 from rum.tune.conductor import Conductor
-from rum.tune.study import BY_HAND, ORDER, Study, this_process
+from rum.tune.study import BY_HAND, ORDER, Study
+from rum.tune.study_folder import this_process
 
 STOP, EXTEND, STOP_TRIAL, ENQUEUE = "stop", "extend", "stop_trial", "enqueue"
 EXTENDED = "rum.extended"

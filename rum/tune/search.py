@@ -29,6 +29,7 @@ from rum.tune.budget import Budget, check_budget, describe, first_epochs
 from rum.tune.cluster import check_ray_address, concurrent, resources, running_ray
 from rum.tune.conductor import Conductor
 from rum.tune.config import SearchConfig, output_folder
+from rum.tune.database import open_storage
 from rum.tune.forecast import calibrate, check_disk, forecast
 from rum.tune.limits import check_feasible, limits_of, with_share
 from rum.tune.logical_order import LogicalOrder
@@ -50,17 +51,8 @@ from rum.tune.results import best_trials, failures, next_commands, refusals, res
 from rum.tune.schedulers import build_scheduler
 from rum.tune.sizing import fitting
 from rum.tune.space import check_space, space_to_plain
-from rum.tune.study import (
-    COMMAND,
-    Study,
-    check_definition,
-    check_unlocked,
-    claim_folder,
-    ensure_study,
-    locked,
-    open_storage,
-    study_names,
-)
+from rum.tune.study import COMMAND, Study, check_definition, ensure_study, study_names
+from rum.tune.study_folder import check_unlocked, claim_folder, locked
 from rum.tune.terminal import say
 from rum.tune.tracking import (
     DEFINITION_FILE,
@@ -126,7 +118,7 @@ def run_search(config: SearchConfig) -> str:
         fit = fitting(config, model_sizes(task))
         study = Study(storage, name, config.space, config.sampler, fit)
         check_definition(study, definition)
-        claim_folder(folders / name, study)
+        claim_folder(folders / name, study.id)
         say(_set_target(study, config))
         return conduct(config, study, task, client, experiment_id)
 

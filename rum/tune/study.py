@@ -1,27 +1,18 @@
-"""A study: Optuna's record of trials, its folder, and the lock that keeps it to one driver."""
+"""A study: Optuna's record of trials, with the operations that a search needs."""
 
 import copy
 import dataclasses
-import fcntl
-import json
-import os
-import socket
-import time
 import uuid
 import warnings
-from collections.abc import Container, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import optuna
-import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
 from rum.errors import StudyError
 from rum.tune.config import SamplerConfig
-from rum.tune.database import prepare_database
 from rum.tune.samplers import build_sampler
 from rum.tune.space import Fit, Space, differences, suggest
 
@@ -50,129 +41,9 @@ ORDER = "rum.order"
 COMMAND = "rum.command"
 """How the study's last driver was called."""
 
-LOCK_SECONDS = 2.0
-"""So long a lock is tried: whoever looks at a study, or changes it, holds it for a moment."""
-
 REFUSED_IN_A_ROW = 3
 """Infeasible candidates after which the next is drawn at random, whatever the sampler: some learn
 from trained trials only and would ask the same again."""
-
-
-def open_storage(output_dir: Path) -> optuna.storages.RDBStorage:
-    """Opens (or makes) the SQLite file that holds all studies below `output_dir`.
-
-    Raises:
-        StudyError: If it cannot be opened or is damaged; nothing is overwritten then.
-    """
-    path = output_dir / "optuna.db"
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with (output_dir / "optuna.lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # two drivers that make the tables disturb each other
-            prepare_database(path)
-            storage = optuna.storages.RDBStorage(
-                f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 30}}
-            )
-        # Write-ahead log: a commit survives the death of any process without waiting for the disk.
-        sqlalchemy.event.listen(storage.engine, "connect", _use_write_ahead_log)
-        storage.engine.dispose()  # connections from before the listener
-    except (OSError, sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError) as error:
-        raise StudyError(f"cannot open the studies in {output_dir}: {error}") from error
-    return storage
-
-
-def _use_write_ahead_log(connection: Any, _: Any) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.close()
-
-
-class LockedStudyError(StudyError):
-    """A study is run by another driver."""
-
-
-def this_process() -> dict[str, Any]:
-    """Names this process as the owner of a lock."""
-    return {"host": socket.gethostname(), "pid": os.getpid()}
-
-
-@contextmanager
-def locked(folder: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
-    """Holds a study's lock; the system lets it go when its owner dies, however it dies.
-
-    Args:
-        folder: The study's; made if it is not there.
-        seconds: How long to try.
-
-    Raises:
-        LockedStudyError: If another driver holds it, naming that driver.
-        StudyError: If the folder cannot be written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock.json").open("a+")
-    except OSError as error:
-        raise StudyError(f"cannot write to {folder}: {error}") from error
-    deadline = time.monotonic() + seconds
-    with file:
-        while not _take(file, fcntl.LOCK_EX):
-            if time.monotonic() >= deadline:
-                file.seek(0)
-                owner = file.read().strip() or "an unknown process"
-                raise LockedStudyError(
-                    f"study {folder.name} is run by another driver: {owner}. Wait for it, or stop "
-                    f"it (pipelines/study.py action=stop study={folder.name}) and go on with "
-                    "resume=yes"
-                )
-            time.sleep(0.02)
-        file.truncate(0)
-        file.write(json.dumps(this_process()))
-        file.flush()
-        yield
-
-
-def _take(file: IO[str], kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def driver_of(folder: Path) -> dict[str, Any] | None:
-    """Host and pid of the process that holds a study's lock; None if none does."""
-    try:
-        with (folder / "lock.json").open() as file:
-            if _take(file, fcntl.LOCK_SH):
-                return None
-            owner: dict[str, Any] = json.loads(file.read() or "{}")
-            return owner
-    except FileNotFoundError:
-        return None
-    except ValueError:  # it is writing its name
-        return {}
-
-
-def check_unlocked(folder: Path) -> None:
-    """Raises StudyError if another driver holds a study's lock, without making the folder."""
-    if (folder / "lock.json").exists():
-        with locked(folder):
-            pass
-
-
-def claim_folder(folder: Path, study: "Study") -> None:
-    """Moves away trials that another study of the same name left (its records were deleted)."""
-    marker = folder / "study_id"
-    owner = marker.read_text() if marker.exists() else "unknown"
-    if owner == study.id:
-        return
-    for name in ("trials", "origins", "orders"):
-        if (folder / name).exists():
-            (folder / name).rename(folder / f"{name}-of-{owner[:8]}-before-{study.id[:8]}")
-    partial = folder / "study_id.partial"
-    partial.write_text(study.id)
-    partial.rename(marker)
 
 
 @dataclass(frozen=True)

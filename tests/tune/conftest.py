@@ -25,11 +25,12 @@ from rum.tune.audit import check_study
 from rum.tune.budget import Budget
 from rum.tune.conductor import Conductor
 from rum.tune.config import CheckConfig, Domain, SamplerConfig, SearchOptions
+from rum.tune.database import open_storage
 from rum.tune.messages import FINISHED, RUNNING, Workplace
 from rum.tune.orders import Orders, obey
 from rum.tune.schedulers.base import NoScheduler
 from rum.tune.space import space_to_plain
-from rum.tune.study import Study, ensure_study, is_paused, open_storage
+from rum.tune.study import Study, ensure_study, is_paused
 from rum.tune.tracking import (
     INTERRUPTED,
     STUDY_TAG,

@@ -16,7 +16,8 @@ from rum.tasks import CopyingConfig
 from rum.train import TrackingConfig
 from rum.tune.audit import _is_recorded, check_study
 from rum.tune.config import CheckConfig, Domain, SamplerConfig
-from rum.tune.study import REASON, Study, ensure_study, open_storage
+from rum.tune.database import open_storage
+from rum.tune.study import REASON, Study, ensure_study
 from rum.tune.tracking import FINISHED, KILLED, TRIAL_TAG, Tracker, connect
 
 TASK = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=2).load(seed=0)

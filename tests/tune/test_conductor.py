@@ -20,11 +20,12 @@ from rum.training.checkpoint import CheckpointStore, read_checkpoint
 from rum.training.config import TrainingConfig
 from rum.tune.conductor import Conductor
 from rum.tune.config import Domain, SamplerConfig
+from rum.tune.database import open_storage
 from rum.tune.messages import CRASHED, DIVERGED, FINISHED, RUNNING, Workplace
 from rum.tune.schedulers import Population, Scheduler
 from rum.tune.schedulers.halving import Halving
 from rum.tune.space import apply
-from rum.tune.study import PAUSED, RUNG, Study, ensure_study, is_paused, open_storage
+from rum.tune.study import PAUSED, RUNG, Study, ensure_study, is_paused
 from rum.tune.succession import has_successor
 from rum.tune.tracking import INTERRUPTED, Tracker, connect
 

@@ -15,7 +15,8 @@ from rum.tune.config import StudyConfig
 from rum.tune.control import control
 from rum.tune.orders import EXTEND, STOP, Order
 from rum.tune.schedulers.halving import Halving
-from rum.tune.study import COMMAND, is_paused, locked
+from rum.tune.study import COMMAND, is_paused
+from rum.tune.study_folder import locked
 
 Open = Callable[..., Any]
 Act = Callable[..., dict[str, Any]]

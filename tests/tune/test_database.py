@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from rum.errors import StudyError
-from rum.tune.database import make_whole
-from rum.tune.study import ensure_study, open_storage, study_names
+from rum.tune.database import make_whole, open_storage
+from rum.tune.study import ensure_study, study_names
 
 DEFINITION = {"mode": "min"}
 Damage = Callable[[Path], object]

@@ -25,13 +25,14 @@ from rum.tune.config import (
     SearchOptions,
 )
 from rum.tune.continuation import continue_best
+from rum.tune.database import open_storage
 from rum.tune.limits import Limits, check_feasible, limits_of, with_share
 from rum.tune.messages import FINISHED, Workplace
 from rum.tune.prediction import Predictor
 from rum.tune.results import best_trials, failures, refusals
 from rum.tune.schedulers.halving import Halving
 from rum.tune.search import run_search
-from rum.tune.study import Study, ensure_study, open_storage
+from rum.tune.study import Study, ensure_study
 from rum.tune.tracking import INTERRUPTED, Tracker, connect
 
 TASK_CONFIG = CopyingConfig(delay=3, batch_size=8, steps_per_epoch=5)

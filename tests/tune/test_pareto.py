@@ -16,9 +16,10 @@ from rum.tasks import CopyingConfig
 from rum.training.checkpoint import CheckpointStore
 from rum.training.config import TrainingConfig
 from rum.tune.config import Domain, SamplerConfig
+from rum.tune.database import open_storage
 from rum.tune.messages import Workplace
 from rum.tune.pareto import Point, front, fronts, hypervolume, to_json
-from rum.tune.study import Study, ensure_study, open_storage
+from rum.tune.study import Study, ensure_study
 
 SIDE = 12
 

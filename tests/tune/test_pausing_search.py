@@ -13,9 +13,10 @@ from rum.training.checkpoint import CheckpointStore
 from rum.training.config import TrainingConfig
 from rum.tune.audit import check_study
 from rum.tune.config import CheckConfig, Domain, SchedulerConfig, SearchConfig, SearchOptions
+from rum.tune.database import open_storage
 from rum.tune.search import run_search
 from rum.tune.space import apply
-from rum.tune.study import Study, open_storage
+from rum.tune.study import Study
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

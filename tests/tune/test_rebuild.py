@@ -29,12 +29,13 @@ from rum.tune.config import (
     SearchConfig,
     SearchOptions,
 )
+from rum.tune.database import open_storage
 from rum.tune.messages import CRASHED, DIVERGED, FINISHED, RUNNING, Workplace
 from rum.tune.rebuild import RecordedStudy, read_study, rebuild
 from rum.tune.schedulers.halving import Halving
 from rum.tune.search import run_search
 from rum.tune.space import Space, space_to_plain
-from rum.tune.study import Study, ensure_study, open_storage, study_names
+from rum.tune.study import Study, ensure_study, study_names
 from rum.tune.tracking import (
     DEFINITION_FILE,
     INTERRUPTED,

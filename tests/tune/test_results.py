@@ -7,8 +7,9 @@ from optuna.trial import TrialState
 
 from rum.tasks import CopyingConfig
 from rum.tune.config import Domain, SamplerConfig
+from rum.tune.database import open_storage
 from rum.tune.results import best_trials, failures
-from rum.tune.study import REASON, RUNG, Study, ensure_study, open_storage
+from rum.tune.study import REASON, RUNG, Study, ensure_study
 
 TASK = CopyingConfig(delay=3).load(seed=0)
 

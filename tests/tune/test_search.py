@@ -39,9 +39,11 @@ from rum.tune.config import (
     TrackingConfig,
 )
 from rum.tune.continuation import continue_best
+from rum.tune.database import open_storage
 from rum.tune.search import InterruptedSearchError, define, run_search
 from rum.tune.space import apply
-from rum.tune.study import Study, claim_folder, ensure_study, locked, open_storage
+from rum.tune.study import Study, ensure_study
+from rum.tune.study_folder import claim_folder, locked
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -378,7 +380,7 @@ def left_by_a_dead_driver(config: SearchConfig) -> Path:
     study = Study(storage, "small", config.space, config.sampler)
     study.target = config.search.num_trials
     with locked(out / "studies/small"):
-        claim_folder(out / "studies/small", study)
+        claim_folder(out / "studies/small", study.id)
     parameters = study.ask().parameters
     folder = out / "studies/small/trials/0000"
     experiment = apply(

@@ -13,12 +13,13 @@ from rum.experiment import ExperimentConfig, model_sizes, parameter_count
 from rum.tasks import CopyingConfig
 from rum.training.config import TrainingConfig
 from rum.tune.config import Domain, SamplerConfig, SearchConfig, SearchOptions
+from rum.tune.database import open_storage
 from rum.tune.forecast import forecast
 from rum.tune.limits import check_feasible, limits_of
 from rum.tune.prediction import Predictor
 from rum.tune.sizing import fitting
 from rum.tune.space import apply, check_space, suggest
-from rum.tune.study import Study, ensure_study, open_storage
+from rum.tune.study import Study, ensure_study
 
 BASE = ExperimentConfig(
     model=FSRUMConfig(

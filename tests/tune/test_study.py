@@ -16,18 +16,11 @@ from optuna.trial import TrialState
 
 from rum.errors import ConfigError, StudyError
 from rum.tune.config import Domain, SamplerConfig
+from rum.tune.database import open_storage
 from rum.tune.samplers import build_sampler
 from rum.tune.space import suggest
-from rum.tune.study import (
-    ORIGIN,
-    REASON,
-    Study,
-    check_definition,
-    ensure_study,
-    locked,
-    open_storage,
-    study_names,
-)
+from rum.tune.study import ORIGIN, REASON, Study, check_definition, ensure_study, study_names
+from rum.tune.study_folder import locked
 
 SPACE = {
     "model.hidden_size": Domain(type="int", low=8, high=80, step=8),
@@ -344,7 +337,7 @@ def test_each_difference_of_definitions_is_named_with_both_values(tmp_path: Path
 HOLD = """
 import sys
 from pathlib import Path
-from rum.tune.study import locked
+from rum.tune.study_folder import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
