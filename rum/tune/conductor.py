@@ -6,34 +6,25 @@ says what was decided. The running best goes to sampler and scheduler, the measu
 MLflow.
 """
 
-import json
-import logging
 import time
 from collections import Counter
-from dataclasses import asdict
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from rum.errors import CheckpointError, StudyError
+from rum.errors import StudyError
 from rum.experiment import ExperimentConfig
-from rum.parameters import flatten
 from rum.tasks import Task
-from rum.training.checkpoint import CheckpointStore
 from rum.training.loop import Report
 from rum.tune import messages
 from rum.tune.budget import Budget
-from rum.tune.capsule import FILE as CAPSULE_FILE
-from rum.tune.capsule import make_capsule
 from rum.tune.limits import Limits
 from rum.tune.messages import Workplace
-from rum.tune.provenance import trial_tags
+from rum.tune.progress import describe
 from rum.tune.schedulers import Population, Scheduler, Verdict
 from rum.tune.space import apply
 from rum.tune.study import (
     BY_HAND,
-    INFEASIBLE,
-    ORIGIN,
     PAUSED,
     REASON,
     RESUMED,
@@ -41,24 +32,12 @@ from rum.tune.study import (
     STOPPED,
     Study,
     TrialSpec,
-    is_infeasible,
     is_paused,
     is_sound,
-    run_status,
 )
 from rum.tune.succession import enqueue_successor, has_successor
-from rum.tune.tracking import (
-    ATTRIBUTES_TAG,
-    INTERRUPTED,
-    PARAMETERS_TAG,
-    RUNNING,
-    SEQUENCE_TAG,
-    TARGET_TAG,
-    Tracker,
-    ended,
-)
-
-logger = logging.getLogger(__name__)
+from rum.tune.tracking import Tracker
+from rum.tune.trial_runs import TrialRuns
 
 REFUSALS_PER_TRIAL = 10
 """So many infeasible candidates in a row, for each trial of the study, end a search."""
@@ -95,10 +74,10 @@ class Conductor:
         self._study = study
         self._base = base
         self._key = f"validation/best_{task.metric}"
-        self._task = task
         self._metric = task.metric
         self._scheduler = scheduler
-        self._tracker = tracker
+        self.runs = TrialRuns(study, base, task, tracker, workplace)
+        """What MLflow is told."""
         self._workplace = workplace
         self._limits = limits
         self._budget = budget
@@ -130,40 +109,13 @@ class Conductor:
             study.target = max(study.target, self._asked + waiting)
         self._began = time.monotonic()
         self._epochs_trained = 0
-        self._catch_up()
+        self.runs.catch_up(self._paused)
 
     def _end_stopped(self, trial: FrozenTrial) -> None:
         """Ends a trial that the scheduler had stopped just before its driver died."""
         self._study.adopt(trial)
         self._study.note(trial.number, REASON, _why_stopped(trial))
         self._study.finish(trial.number, TrialState.PRUNED)
-
-    def _catch_up(self) -> None:
-        """Writes to MLflow what an earlier driver did not get to."""
-        for trial in self._study.trials(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL):
-            if not ended(self._tracker.known_status(trial.number)):
-                self._record(trial)
-        for number, epoch in self._paused.items():
-            trial = self._study.trial(number)
-            self._start_run(number, trial.params, trial.user_attrs.get(ORIGIN))
-            self._log_missing(number, epoch)
-            self._record_pause(number, epoch)
-
-    def _record(self, trial: FrozenTrial) -> None:
-        """Writes a trial that has ended to MLflow."""
-        self._start_run(trial.number, trial.params, trial.user_attrs.get(ORIGIN))
-        self._log_missing(trial.number, max(trial.intermediate_values, default=0))
-        self._end_run(trial)
-
-    def _log_missing(self, number: int, up_to_epoch: int) -> None:
-        try:
-            last = CheckpointStore(self._workplace.trial_folder(number)).last()
-        except CheckpointError as error:  # where it is needed, the trial's worker fails with it
-            logger.warning("trial %d: %s", number, error)
-            return
-        for report in last.reports if last else []:
-            if report["epoch"] <= up_to_epoch:
-                self._tracker.log_report(number, report)
 
     # What runs next
 
@@ -186,9 +138,9 @@ class Conductor:
         self.advance()
         while (spec := self._open_next()) is not None:
             self._running[spec.number] = spec
-            self._start_run(spec.number, spec.parameters, spec.origin)
+            self.runs.start(spec)
             if not self._refuse(spec):
-                self._log_missing(spec.number, self._last_epoch[spec.number])
+                self.runs.report_again(spec.number, self._last_epoch[spec.number])
                 return spec
         return None
 
@@ -209,7 +161,7 @@ class Conductor:
                 return self._open_next()
             spec = self._taken_up(self._study.trial(number))
             self._study.note(number, RESUMED, epoch)
-            self.record_attributes(number)
+            self.runs.record_attributes(number)
         elif not is_idle:
             if self._beyond_budget(0) is not None:
                 return None
@@ -284,7 +236,7 @@ class Conductor:
         before = len(self._study.trials())
         done = enqueue_successor(self._study, population, self._workplace, number, epoch)
         self._study.target += len(self._study.trials()) - before
-        self.record_target()
+        self.runs.record_target()
         return done
 
     def _refuse(self, spec: TrialSpec) -> bool:
@@ -309,29 +261,6 @@ class Conductor:
                 "search.max_parameters or search.max_memory_gigabytes"
             )
         return True
-
-    def _start_run(
-        self, number: int, parameters: dict[str, Any], origin: dict[str, Any] | None
-    ) -> None:
-        experiment = apply(self._base, parameters)
-        tags = trial_tags(experiment)
-        if origin:
-            tags |= {f"rum.origin_{key}": str(value) for key, value in origin.items()}
-        attributes = {ORIGIN: origin} if origin else {}
-        tags |= {PARAMETERS_TAG: json.dumps(parameters), ATTRIBUTES_TAG: json.dumps(attributes)}
-        if self._study.sequence:
-            tags[SEQUENCE_TAG] = json.dumps(self._study.sequence)
-        plain = {name: asdict(getattr(experiment, name)) for name in ("model", "task", "training")}
-        self._tracker.start_trial(
-            number,
-            f"{self._study.name}-{number:04d}",
-            flatten(plain),
-            tags,
-            parent_id=origin.get("run_id") if origin else None,
-            began=self._study.trial(number).datetime_start,
-        )
-        capsule = make_capsule(experiment, self._task, origin)
-        self._tracker.log_text_once(number, json.dumps(capsule, indent=1), CAPSULE_FILE)
 
     # What goes on
 
@@ -366,11 +295,11 @@ class Conductor:
             elif verdict is Verdict.PAUSE:
                 self._study.note(number, PAUSED, epoch)
             self._study.report(number, epoch, value)
-            self._tracker.log_report(number, report)
+            self.runs.report(number, report)
             if verdict is Verdict.PAUSE:
                 del self._running[number]
                 self._paused[number] = epoch
-                self._record_pause(number, epoch)
+                self.runs.pause(number, epoch)
                 return True
             if verdict is Verdict.STOP:
                 reason = _why_stopped(self._study.trial(number))
@@ -383,19 +312,6 @@ class Conductor:
         if end is not None:
             self._end(number, TrialState.PRUNED, reason=end, worker=message["worker"])
         return end is not None
-
-    def _record_pause(self, number: int, epoch: int) -> None:
-        tags = {"rum.state": "paused", "rum.paused_after": str(epoch)}
-        tags[ATTRIBUTES_TAG] = self._attributes(number)
-        self._tracker.mark_trial(number, INTERRUPTED, tags)
-
-    def record_attributes(self, number: int) -> None:
-        """Writes to MLflow what the study notes of a running trial, for it to be rebuilt."""
-        self._tracker.mark_trial(number, RUNNING, {ATTRIBUTES_TAG: self._attributes(number)})
-
-    def _attributes(self, number: int) -> str:
-        attributes = self._study.trial(number).user_attrs
-        return json.dumps({k: v for k, v in attributes.items() if k != REASON})
 
     def on_not_started(self, number: int) -> TrialSpec | None:
         """Takes that a trial's process died before it ran; returns it if it is to start again."""
@@ -437,21 +353,10 @@ class Conductor:
         if reason is not None:
             self._study.note(number, REASON, reason)
         self._study.finish(number, state, value)
-        self._end_run(self._study.trial(number), worker)
+        self.runs.end(self._study.trial(number), worker)
         best = self.best
         if best is not None and best.value is not None:
-            self._tracker.log_best(self._metric, best.value, self.num_ended)
-
-    def _end_run(self, trial: FrozenTrial, worker: dict[str, Any] | None = None) -> None:
-        reason = str(trial.user_attrs.get(REASON) or "")
-        state = INFEASIBLE if is_infeasible(trial) else trial.state.name
-        tags = {"rum.state": state, ATTRIBUTES_TAG: self._attributes(trial.number)}
-        if reason:
-            tags["rum.reason"] = reason
-        if trial.user_attrs.get(RUNG) is not None:
-            tags["rum.rung"] = str(trial.user_attrs[RUNG])
-        tags |= {f"rum.worker_{key}": str(value) for key, value in (worker or {}).items()}
-        self._tracker.mark_trial(trial.number, run_status(trial), tags, at=trial.datetime_complete)
+            self.runs.record_best(best.value, self.num_ended)
 
     # What is ordered from outside
 
@@ -475,20 +380,14 @@ class Conductor:
         self._adopted = [trial for trial in self._adopted if trial.number != number]
         self._paused.pop(number, None)
         self._study.end_without_process(number, BY_HAND)
-        self._record(self._study.trial(number))
-
-    def record_target(self) -> None:
-        """Writes to MLflow how many trials the study is to have."""
-        self._tracker.tag_study(TARGET_TAG, str(self._study.target))
+        self.runs.record(self._study.trial(number))
 
     def interrupt(self) -> None:
         """Marks what is still running as to be gone on with."""
         self.advance()
         if self._budget is not None:
             self._budget.keep()
-        waiting = [t.number for t in self._adopted if self._tracker.known_status(t.number)]
-        for number in [*self._running, *waiting]:
-            self._tracker.mark_trial(number, INTERRUPTED, {"rum.state": "interrupted"})
+        self.runs.interrupt(self._running, [trial.number for trial in self._adopted])
 
     # How it stands
 
@@ -500,31 +399,17 @@ class Conductor:
 
     def progress(self) -> str:
         """One line: trials by state, best so far, time left."""
-        trials = self._study.trials()
-        counts = {
-            "running": len(self._running),
-            "paused": len(self._paused),
-            "finished": sum(t.state == TrialState.COMPLETE for t in trials),
-            "stopped early": sum(
-                t.state == TrialState.PRUNED and is_sound(t) and not is_infeasible(t)
-                for t in trials
-            ),
-            "failed": sum(
-                t.state == TrialState.FAIL or (t.state == TrialState.PRUNED and not is_sound(t))
-                for t in trials
-            ),
-            "infeasible": sum(map(is_infeasible, trials)),
-        }
-        parts = [f"{self.num_ended}/{self._study.target} trials"]
-        parts += [f"{count} {name}" for name, count in counts.items() if count]
-        values = [v for t in trials if is_sound(t) for v in t.intermediate_values.values()]
-        if values:
-            best = min(values) if self._study.mode == "min" else max(values)
-            parts.append(f"best {best:.4f} {self._metric}")
+        seconds_left = None
         if self._epochs_trained and self.num_open:
             seconds_per_epoch = (time.monotonic() - self._began) / self._epochs_trained
-            parts.append(f"about {_duration(seconds_per_epoch * self._epochs_left())} left")
-        return " | ".join(parts)
+            seconds_left = seconds_per_epoch * self._epochs_left()
+        return describe(
+            self._study,
+            self._metric,
+            running=len(self._running),
+            paused=len(self._paused),
+            seconds_left=seconds_left,
+        )
 
     def _epochs_left(self) -> float:
         """Epochs still to train if open trials get as many as those that ended, on average."""
@@ -539,9 +424,3 @@ def _why_stopped(trial: FrozenTrial) -> str:
     rung = trial.user_attrs[RUNG]
     who = "not promoted" if is_paused(trial) else "stopped by the scheduler"
     return f"{who}: {trial.intermediate_values[rung]:.4f} at rung {rung}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -20,7 +20,8 @@ from rum.tune.config import (
 )
 from rum.tune.database import open_storage
 from rum.tune.messages import Workplace
-from rum.tune.search import check_machine, conduct, define
+from rum.tune.opening import define
+from rum.tune.search import check_machine, conduct
 from rum.tune.sizing import fitting
 from rum.tune.study import ORIGIN, Study, check_definition, ensure_study, study_names
 from rum.tune.study_folder import claim_folder, locked

@@ -163,7 +163,7 @@ class LogicalOrder:
         if not _is_noted(trial):
             began.append([max(heapq.heappop(self._free), self._clock), done])
             self._study.note(spec.number, BEGAN, began)
-            self._conductor.record_attributes(spec.number)
+            self._conductor.runs.record_attributes(spec.number)
         time, epoch = began[-1]
         # All epochs may be on record, and the end not.
         due = min(done + 1, self._conductor.max_epochs)

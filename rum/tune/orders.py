@@ -96,7 +96,7 @@ def obey(orders: Orders, study: Study, conductor: Conductor | None = None) -> No
         else:
             _extend(order, study) if order.action == EXTEND else _enqueue(order, study)
             if conductor is not None:
-                conductor.record_target()
+                conductor.runs.record_target()
         orders.remove(order)
 
 

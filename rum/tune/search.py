@@ -3,9 +3,8 @@
 import dataclasses
 import json
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,13 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from optuna.exceptions import OptunaError
-from optuna.storages import RDBStorage
-from ray import tune
 from ray.exceptions import RayError
 from sqlalchemy.exc import SQLAlchemyError
 
-from rum.errors import CheckpointError, ConfigError, RumError, StudyError
+from rum.errors import CheckpointError, ConfigError, RumError
 from rum.experiment import ExperimentConfig, check_device, model_sizes
-from rum.parameters import flatten, nearest
+from rum.parameters import flatten
 from rum.tasks import CharacterLMConfig, Task
-from rum.train import task_slug
 from rum.training.checkpoint import CheckpointStore
 from rum.tune.budget import Budget, check_budget, describe, first_epochs
 from rum.tune.cluster import check_ray_address, concurrent, resources, running_ray
@@ -32,26 +28,20 @@ from rum.tune.config import SearchConfig, output_folder
 from rum.tune.database import open_storage
 from rum.tune.forecast import calibrate, check_disk, forecast
 from rum.tune.limits import check_feasible, limits_of, with_share
-from rum.tune.logical_order import LogicalOrder
 from rum.tune.messages import Workplace
+from rum.tune.opening import choose_name, default_name, define, set_target
 from rum.tune.orders import Orders, obey
 from rum.tune.pareto import fronts, to_json
 from rum.tune.prediction import Predictor
 from rum.tune.provenance import common_tags
-from rum.tune.ray_adapters import (
-    ConductedScheduler,
-    ConductedSearcher,
-    ConductedStopper,
-    ProgressCallback,
-    TurnCallback,
-)
+from rum.tune.ray_run import run
 from rum.tune.rebuild import read_study, rebuild
 from rum.tune.registry import register
 from rum.tune.results import best_trials, failures, next_commands, refusals, resume_command
 from rum.tune.schedulers import build_scheduler
 from rum.tune.sizing import fitting
-from rum.tune.space import check_space, space_to_plain
-from rum.tune.study import COMMAND, Study, check_definition, ensure_study, study_names
+from rum.tune.space import check_space
+from rum.tune.study import COMMAND, Study, check_definition, ensure_study
 from rum.tune.study_folder import check_unlocked, claim_folder, locked
 from rum.tune.terminal import say
 from rum.tune.tracking import (
@@ -62,16 +52,6 @@ from rum.tune.tracking import (
     Tracker,
     connect,
 )
-from rum.tune.trial import run_trial
-
-# Options that may differ between the drivers of one study: they do not change what is computed.
-_NOT_DEFINING = (
-    "training.device",
-    "training.threads",
-    "training.diagnostics",
-    "training.checkpoint_seconds",
-)
-
 
 # What goes wrong around a search: disk, databases, cluster. Anything else is a fault of this code.
 _OUTSIDE = (OSError, SQLAlchemyError, OptunaError, MlflowException, RayError)
@@ -105,11 +85,11 @@ def run_search(config: SearchConfig) -> str:
     folders = output_dir / "studies"
     if config.resume != "no" or config.study_exists != "new":
         # Before any database: the other driver may have been stopped while it was writing to one.
-        check_unlocked(folders / _default_name(config, task))
+        check_unlocked(folders / default_name(config, task))
     client, experiment_id = connect(config.tracking, output_dir)
     storage = open_storage(output_dir)
     definition = define(config, task)
-    name = _study_name(config, task, storage)
+    name = choose_name(config, task, storage)
     with locked(folders / name):
         if config.resume == "from_mlflow":
             recorded = read_study(client, experiment_id, name, definition, folders / name)
@@ -119,7 +99,7 @@ def run_search(config: SearchConfig) -> str:
         study = Study(storage, name, config.space, config.sampler, fit)
         check_definition(study, definition)
         claim_folder(folders / name, study.id)
-        say(_set_target(study, config))
+        say(set_target(study, config))
         return conduct(config, study, task, client, experiment_id)
 
 
@@ -180,72 +160,6 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"output_dir must be a folder to write to: {error}") from error
-
-
-def define(config: SearchConfig, task: Task) -> dict[str, Any]:
-    """What makes a study's trials comparable: space, experiment, data and direction."""
-    experiment = flatten({name: getattr(config, name) for name in ("model", "task", "training")})
-    definition: dict[str, Any] = {
-        "space": space_to_plain(config.space),
-        "experiment": {k: v for k, v in experiment.items() if k not in _NOT_DEFINING},
-        "data_checksum": task.checksum,
-        "mode": task.mode,
-    }
-    if config.search.deterministic:
-        definition["workers"] = config.search.max_concurrent
-    return definition
-
-
-def _default_name(config: SearchConfig, task: Task) -> str:
-    suffix = "" if config.preset == "full" else f"-{config.preset}"
-    return config.study or f"{task_slug(task, config.task.name)}-{config.model.name}{suffix}"
-
-
-def _study_name(config: SearchConfig, task: Task, storage: RDBStorage) -> str:
-    existing = study_names(storage)
-    name = _default_name(config, task)
-    if config.resume == "yes" and name not in existing:
-        known = ", ".join(existing) or "none"
-        raise StudyError(
-            f"resume=yes, but there is no study {name!r}{nearest(name, existing)}. "
-            f"Studies in {output_folder(config.output_dir)}: {known}. Give the options that it "
-            "was started with, or study=..."
-        )
-    if config.resume == "from_mlflow" and name in existing:
-        raise StudyError(
-            f"resume=from_mlflow, but study {name!r} is there, in "
-            f"{output_folder(config.output_dir) / 'optuna.db'}: nothing was changed; resume=yes "
-            "goes on with it"
-        )
-    if config.resume == "no" and name in existing:
-        if config.study_exists == "error":
-            raise StudyError(f"study {name!r} exists and study_exists=error")
-        if config.study_exists == "new":
-            number = 2
-            while f"{name}-{number}" in existing:
-                number += 1
-            return f"{name}-{number}"
-    return name
-
-
-def _set_target(study: Study, config: SearchConfig) -> str:
-    """Decides how many trials the study is to have, and says so."""
-    asked = config.search.num_trials
-    ended = len(study.ended())
-    before = study.target
-    if before == 0:
-        study.target = asked
-        return f"Study {study.name}: {asked} trials."
-    if config.resume == "from_mlflow":
-        return f"Study {study.name} goes on: {ended} of {before} trials have ended."
-    if config.resume == "yes" and not (ended >= before and study.is_concluded):
-        study.target = max(before, asked)
-        return f"Study {study.name} goes on: {ended} of {study.target} trials have ended."
-    study.target = before + asked
-    return (
-        f"Study {study.name} exists with {ended} ended trials of {before}: "
-        f"extended by {asked} to {study.target}."
-    )
 
 
 def conduct(
@@ -317,7 +231,7 @@ def conduct(
             obey(Orders(folder), study, conductor)
             if not conductor.is_done:
                 with running_ray() as machine:
-                    _run(config, conductor, study, workplace, concurrent(config, machine))
+                    run(config, conductor, study, workplace, concurrent(config, machine))
             spent = conductor.out_of_budget if conductor.num_open else None
             status = INTERRUPTED if conductor.num_open and spent is None else FINISHED
             best = conductor.best
@@ -391,72 +305,3 @@ def _register(
     if checkpoint is not None:
         registered = register(client, run_id, checkpoint, task, config.task.name)
         say(f"Model {registered.message}")
-
-
-def _trial_name(trial: Any) -> str:
-    """Ray's own part tells apart the times that a trial was taken up."""
-    return f"trial_{trial.config['number']:04d}_{trial.trial_id}"
-
-
-def _order(config: SearchConfig, conductor: Conductor, study: Study) -> Conductor | LogicalOrder:
-    """Who hands messages to the conductor: itself, as they come, or in logical order."""
-    workers = config.search.max_concurrent
-    if not config.search.deterministic or workers is None:
-        return conductor
-    return LogicalOrder(conductor, study, workers)
-
-
-def _run(
-    config: SearchConfig, conductor: Conductor, study: Study, workplace: Workplace, concurrent: int
-) -> None:
-    """Lets Ray run the trials, again while orders leave more to do when it has ended."""
-    orders = Orders(Path(workplace.folder))
-
-    def turn() -> None:
-        conductor.advance()
-        obey(orders, study, conductor)
-
-    while not conductor.is_done:
-        order = _order(config, conductor, study)
-        _fit(config, conductor, order, workplace, concurrent, turn)
-        if not conductor.is_done:
-            return  # Ctrl-C
-        turn()
-
-
-def _fit(
-    config: SearchConfig,
-    conductor: Conductor,
-    order: Conductor | LogicalOrder,
-    workplace: Workplace,
-    concurrent: int,
-    turn: Callable[[], None],
-) -> None:
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, workplace=workplace), resources(config)
-    )
-    scratch = Path(workplace.folder) / "ray"  # nothing in it is read again
-    shutil.rmtree(scratch, ignore_errors=True)
-    tuner = tune.Tuner(
-        trainable,
-        tune_config=tune.TuneConfig(
-            search_alg=ConductedSearcher(order),
-            scheduler=ConductedScheduler(order),
-            num_samples=-1,  # until the searcher says that it has finished
-            max_concurrent_trials=concurrent,
-            reuse_actors=True,
-            # Ray would put the parameters into these names.
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
-        ),
-        run_config=tune.RunConfig(
-            name="run",
-            storage_path=str(scratch),
-            failure_config=tune.FailureConfig(max_failures=config.search.max_failures),
-            stop=ConductedStopper(conductor),
-            callbacks=[TurnCallback(turn), ProgressCallback(conductor)],
-            verbose=0,
-        ),
-    )
-    tuner.fit()
-    shutil.rmtree(scratch, ignore_errors=True)

@@ -40,7 +40,8 @@ from rum.tune.config import (
 )
 from rum.tune.continuation import continue_best
 from rum.tune.database import open_storage
-from rum.tune.search import InterruptedSearchError, define, run_search
+from rum.tune.opening import define
+from rum.tune.search import InterruptedSearchError, run_search
 from rum.tune.space import apply
 from rum.tune.study import Study, ensure_study
 from rum.tune.study_folder import claim_folder, locked

@@ -1,0 +1,101 @@
+"""Ray Tune as the engine of a search: runs the conductor's trials until it is through."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from rum.tune.cluster import resources
+from rum.tune.conductor import Conductor
+from rum.tune.config import SearchConfig
+from rum.tune.logical_order import LogicalOrder
+from rum.tune.messages import Workplace
+from rum.tune.orders import Orders, obey
+from rum.tune.ray_adapters import (
+    ConductedScheduler,
+    ConductedSearcher,
+    ConductedStopper,
+    ProgressCallback,
+    TurnCallback,
+)
+from rum.tune.study import Study
+from rum.tune.trial import run_trial
+
+
+def _trial_name(trial: Any) -> str:
+    """Ray's own part tells apart the times that a trial was taken up."""
+    return f"trial_{trial.config['number']:04d}_{trial.trial_id}"
+
+
+def _order(config: SearchConfig, conductor: Conductor, study: Study) -> Conductor | LogicalOrder:
+    """Who hands messages to the conductor: itself, as they come, or in logical order."""
+    workers = config.search.max_concurrent
+    if not config.search.deterministic or workers is None:
+        return conductor
+    return LogicalOrder(conductor, study, workers)
+
+
+def run(
+    config: SearchConfig, conductor: Conductor, study: Study, workplace: Workplace, concurrent: int
+) -> None:
+    """Lets Ray run the trials, again while orders leave more to do when it has ended.
+
+    Args:
+        config: The search; its `search.gpus_per_trial` is a number.
+        conductor: Decides.
+        study: The conductor's.
+        workplace: Where the trials work.
+        concurrent: Trials at a time.
+    """
+    orders = Orders(Path(workplace.folder))
+
+    def turn() -> None:
+        conductor.advance()
+        obey(orders, study, conductor)
+
+    while not conductor.is_done:
+        order = _order(config, conductor, study)
+        _fit(config, conductor, order, workplace, concurrent, turn)
+        if not conductor.is_done:
+            return  # Ctrl-C
+        turn()
+
+
+def _fit(
+    config: SearchConfig,
+    conductor: Conductor,
+    order: Conductor | LogicalOrder,
+    workplace: Workplace,
+    concurrent: int,
+    turn: Callable[[], None],
+) -> None:
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, workplace=workplace), resources(config)
+    )
+    scratch = Path(workplace.folder) / "ray"  # nothing in it is read again
+    shutil.rmtree(scratch, ignore_errors=True)
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=ConductedSearcher(order),
+            scheduler=ConductedScheduler(order),
+            num_samples=-1,  # until the searcher says that it has finished
+            max_concurrent_trials=concurrent,
+            reuse_actors=True,
+            # Ray would put the parameters into these names.
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name="run",
+            storage_path=str(scratch),
+            failure_config=tune.FailureConfig(max_failures=config.search.max_failures),
+            stop=ConductedStopper(conductor),
+            callbacks=[TurnCallback(turn), ProgressCallback(conductor)],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    shutil.rmtree(scratch, ignore_errors=True)
