@@ -17,6 +17,10 @@ class CheckpointError(RumError):
     """A checkpoint is unreadable, damaged, of another format or of another model."""
 
 
+class SupersededError(RumError):
+    """Another process has taken over what this one was doing."""
+
+
 class DivergedError(RumError):
     """Training met a loss or gradient that is not finite."""
 

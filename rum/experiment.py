@@ -99,6 +99,7 @@ def run_experiment(
     Raises:
         DivergedError: If loss or gradient norm is not finite.
         CheckpointError: If the checkpoint is damaged or does not fit.
+        SupersededError: If another process has gone on with this run meanwhile.
     """
     check_device(config.training.device)
     if config.training.threads is not None:
@@ -108,6 +109,7 @@ def run_experiment(
     model = build_model(config.model, model_sizes(task))
     store = CheckpointStore(folder)
     trainer = Trainer(model, task, config.training, store, describe(config, task))
+    store.claim()
     checkpoint = store.last()
     if checkpoint is not None:
         _check_same_model(config, checkpoint)

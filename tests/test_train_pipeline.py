@@ -98,7 +98,7 @@ def epochs(output: str) -> list[dict[str, float]]:
 
 
 def steps(run: Path) -> set[int]:
-    return {int(path.name.removeprefix("step_")) for path in run.iterdir()}
+    return {int(path.name.removeprefix("step_")) for path in run.glob("step_*")}
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,20 @@ import json
 import logging
 import os
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rum.errors import CheckpointError
+from rum.errors import CheckpointError, SupersededError
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.pt"
 DESCRIPTION_FILE = "checkpoint.json"
 PARTIAL = ".partial-"
+WRITER_FILE = ".writer"
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +44,36 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run: the best and the last; one process at a time writes them."""
+    """The checkpoints of one run: the best and the last.
+
+    One process writes them, the one that claimed the folder last: a run may have been started
+    again elsewhere while its first process only seemed to be dead.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """The folder is made with the first checkpoint."""
+        """The folder is made when it is claimed."""
         self.folder = folder
+        self._token: str | None = None
+
+    def claim(self) -> None:
+        """Becomes the one that writes here; what an earlier one left half written goes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._token = uuid.uuid4().hex
+        partial = self.folder / f"{WRITER_FILE}-{self._token}"
+        partial.write_text(self._token)
+        partial.replace(self.folder / WRITER_FILE)
+        for leftover in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _check_writer(self) -> None:
+        try:
+            writer = (self.folder / WRITER_FILE).read_text()
+        except FileNotFoundError:
+            writer = "nobody: the folder was removed"
+        if writer != self._token:
+            raise SupersededError(
+                f"{self.folder} is written to by another process, which started later"
+            )
 
     def save(self, state: dict[str, Any], description: dict[str, Any]) -> Path:
         """Writes a checkpoint, then deletes those that are neither this one nor the best.
@@ -54,25 +81,39 @@ class CheckpointStore:
         Args:
             state: Tensors and plain values for `torch.save`.
             description: Plain values; must hold `step` and `best_step` (None: no best yet).
+
+        Raises:
+            SupersededError: If another process has claimed the folder since.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._token is None:
+            self.claim()
+        try:
+            target = self._write(state, description)
+        except OSError:
+            self._check_writer()  # which takes away what it finds half written
+            raise
+        kept = {target.name, _name(description["best_step"] or 0)}
+        for folder in self._folders():
+            if folder.name not in kept:
+                shutil.rmtree(folder)
+        return target
+
+    def _write(self, state: dict[str, Any], description: dict[str, Any]) -> Path:
+        self._check_writer()
         target = self.folder / _name(description["step"])
-        for leftover in self.folder.glob(f"{PARTIAL}*"):  # of writers that were killed
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial = self.folder / f"{PARTIAL}{os.getpid()}"
+        partial = self.folder / f"{PARTIAL}{self._token}"
+        if partial.exists():  # of a save that failed
+            shutil.rmtree(partial)
         partial.mkdir()
         torch.save(state, partial / STATE_FILE)
         checksum = _synced_checksum(partial / STATE_FILE)
         full = {"format_version": FORMAT_VERSION, "sha256": checksum, **description}
         (partial / DESCRIPTION_FILE).write_text(json.dumps(full, indent=1))
         _synced_checksum(partial / DESCRIPTION_FILE)
+        self._check_writer()
         if target.exists():  # left by a process that died after this step
             shutil.rmtree(target)
         partial.rename(target)
-        kept = {target.name, _name(description["best_step"] or 0)}
-        for folder in self._folders():
-            if folder.name not in kept:
-                shutil.rmtree(folder)
         return target
 
     def last(self) -> Checkpoint | None:

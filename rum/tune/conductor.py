@@ -314,10 +314,10 @@ class Conductor:
         return end is not None
 
     def on_not_started(self, number: int) -> TrialSpec | None:
-        """Takes that a trial's process died before it ran; returns it if it is to start again."""
-        self._failed_starts[number] += 1
+        """Takes that a trial's process is gone without a word; returns it if it starts again."""
         if number not in self._running:
             return None
+        self._failed_starts[number] += 1
         if self._failed_starts[number] > self._max_failures:
             self.on_lost(number, "its process died before it ran")
             return None

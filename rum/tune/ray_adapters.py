@@ -56,24 +56,47 @@ class ConductedSearcher(_NotPickled, Searcher):
 
 
 class ConductedScheduler(_NotPickled, FIFOScheduler):
-    """Passes every message to the conductor and its decision back."""
+    """Passes every message to the conductor and its decision back.
+
+    The conductor may have Ray begin one of its trials again, as another trial of Ray's, while the
+    first one's process lives on for a while: that one is not listened to any more.
+    """
 
     def __init__(self, conductor: Conductor | LogicalOrder) -> None:
         super().__init__()
         self._conductor = conductor
+        self._current: dict[int, str] = {}
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Takes that Ray is to run a trial."""
+        self._current[trial.config["number"]] = str(trial.trial_id)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Decides whether a trial goes on."""
+        if not self._is_current(trial):
+            return str(TrialScheduler.STOP)
         stop = self._conductor.on_message(json.loads(result["message"]))
         return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """Takes that a trial's process died too often, or before it ran, where Ray gives up."""
         number = trial.config["number"]
+        if not self._is_current(trial):
+            return
         if trial.should_recover():
             self._conductor.on_not_started(number)
         else:
             self._conductor.on_lost(number, "its process died")
+
+    def on_trial_complete(
+        self, tune_controller: Any, trial: Trial, result: dict[str, Any]
+    ) -> None:
+        """Takes that a trial's process is through, which may have said nothing of its end."""
+        if self._is_current(trial):
+            self._conductor.on_not_started(trial.config["number"])
+
+    def _is_current(self, trial: Trial) -> bool:
+        return self._current[trial.config["number"]] == str(trial.trial_id)
 
 
 class ConductedStopper(_NotPickled, Stopper):

@@ -14,7 +14,7 @@ import psutil
 import torch
 from ray import tune
 
-from rum.errors import DivergedError
+from rum.errors import DivergedError, SupersededError
 from rum.experiment import ExperimentConfig, experiment_from_plain, run_experiment
 from rum.tasks import Task
 from rum.training.checkpoint import CheckpointStore, read_checkpoint
@@ -30,7 +30,7 @@ def run_trial(config: Mapping[str, Any], workplace: Workplace) -> None:
     Epochs in the last checkpoint are reported again first: the driver may have died before it
     heard of them, and takes each epoch once. What a trial cannot mend (a loss that is not finite,
     an exception) is its last report, so that Ray does not try it again; Ray restarts a trial
-    whose process died.
+    whose process died. One that finds another process at work on its trial ends in silence.
 
     Args:
         config: `number`, `parameters` and `origin` of `rum.tune.study.TrialSpec`.
@@ -43,6 +43,8 @@ def run_trial(config: Mapping[str, Any], workplace: Workplace) -> None:
         if experiment.training.device.startswith("cuda"):
             _limit_memory(experiment.training.device, workplace.gpus_per_trial)
         _train(experiment, workplace, config, send)
+    except SupersededError:
+        return  # the process that took over has the say
     except DivergedError as error:
         send.end(DIVERGED, f"diverged: {error}")
     except Exception as error:  # noqa: BLE001  # goes to the driver, which records it

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from pickle import PicklingError
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rum.errors import CheckpointError
+from rum.errors import CheckpointError, SupersededError
 from rum.training.checkpoint import (
     DESCRIPTION_FILE,
     STATE_FILE,
@@ -24,12 +25,17 @@ def save(store: CheckpointStore, step: int, best: int | None) -> Path:
     return store.save({"x": torch.full((3,), float(step))}, {"step": step, "best_step": best})
 
 
+def contents(folder: Path) -> list[str]:
+    """What is there but the mark of who writes."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".writer")
+
+
 def test_best_and_last_are_kept(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     for step, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
         save(store, step, best)
 
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000002", "step_000000004"]
+    assert contents(tmp_path) == ["step_000000002", "step_000000004"]
     last, best_one = store.last(), store.best()
     assert last is not None
     assert best_one is not None
@@ -43,16 +49,16 @@ def test_nothing_is_there_before_the_first_save(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_leaves_does_no_harm(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
-    save(store, 1, 1)
+    save(CheckpointStore(tmp_path), 1, 1)
     (tmp_path / ".partial-99").mkdir()
     (tmp_path / ".partial-99" / STATE_FILE).write_bytes(b"half")
+    store = CheckpointStore(tmp_path)
 
     last = store.last()
     assert last is not None
     assert last.description["step"] == 1
     save(store, 1, 1)  # again, over what is there
-    assert [path.name for path in tmp_path.iterdir()] == ["step_000000001"]
+    assert contents(tmp_path) == ["step_000000001"]
 
 
 def test_a_save_that_fails_half_way_leaves_what_was_there(tmp_path: Path) -> None:
@@ -65,7 +71,49 @@ def test_a_save_that_fails_half_way_leaves_what_was_there(tmp_path: Path) -> Non
     assert last is not None
     assert last.path == before
     save(store, 2, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_000000002"]
+    assert contents(tmp_path) == ["step_000000002"]
+
+
+def test_only_the_process_that_came_last_writes(tmp_path: Path) -> None:
+    old, new = CheckpointStore(tmp_path), CheckpointStore(tmp_path)
+    save(old, 1, 1)
+    new.claim()
+
+    with pytest.raises(SupersededError, match="another process"):
+        save(old, 2, 2)
+    assert contents(tmp_path) == ["step_000000001"]
+    save(new, 3, 3)
+    assert contents(tmp_path) == ["step_000000003"]
+
+
+def test_a_process_that_is_superseded_while_it_writes_leaves_the_other_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = CheckpointStore(tmp_path), CheckpointStore(tmp_path)
+    save(old, 1, 1)
+    write = torch.save
+
+    def write_slowly(state: object, path: Path) -> None:
+        write(state, path)
+        monkeypatch.setattr(torch, "save", write)
+        save(new, 2, 2)  # claims the folder, which takes the half-written one away
+
+    monkeypatch.setattr(torch, "save", write_slowly)
+    with pytest.raises(SupersededError):
+        save(old, 2, 1)
+    assert contents(tmp_path) == ["step_000000002"]
+    last = new.last()
+    assert last is not None
+    assert last.description["best_step"] == 2
+
+
+def test_a_folder_that_was_removed_is_not_made_again(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "run")
+    save(store, 1, 1)
+    shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(SupersededError):
+        save(store, 2, 2)
 
 
 def test_a_checkpoint_is_two_files_and_their_checksum(tmp_path: Path) -> None:
