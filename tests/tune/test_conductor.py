@@ -10,6 +10,8 @@ import pytest
 import torch
 from mlflow.entities import Run
 from optuna.trial import FrozenTrial, TrialState
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
 
 from rum.cells import RUMConfig
 from rum.experiment import ExperimentConfig
@@ -22,6 +24,7 @@ from rum.tune.conductor import Conductor
 from rum.tune.config import Domain, SamplerConfig
 from rum.tune.database import open_storage
 from rum.tune.messages import CRASHED, DIVERGED, FINISHED, RUNNING, Workplace
+from rum.tune.ray_adapters import ConductedScheduler
 from rum.tune.schedulers import Population, Scheduler
 from rum.tune.schedulers.halving import Halving
 from rum.tune.space import apply
@@ -742,3 +745,38 @@ def test_a_trial_whose_process_died_before_it_ran_starts_again(
     trials, runs = books(search)
     assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL"]
     assert runs[other].data.tags["rum.reason"] == "crashed: its process died before it ran"
+
+
+def test_of_two_processes_on_one_trial_the_later_has_the_say(
+    driver: Callable[..., Driver],
+) -> None:
+    """Ray may restart a trial's process by itself and report it as lost as well."""
+    search = driver(target=1)
+    scheduler = ConductedScheduler(search.conductor)
+
+    def hand_out() -> Trial:
+        trial = Trial("rum", config={"number": search.start()}, stub=True)
+        scheduler.on_trial_add(None, trial)
+        return trial
+
+    def say(trial: Trial, status: str, epoch: int = 1) -> str:
+        report = reports(*[0.5] * epoch)[-1]
+        sent = {**message(0, report, status), "reason": "crashed: its files are gone"}
+        return scheduler.on_trial_result(None, trial, {"message": json.dumps(sent)})
+
+    first = hand_out()
+    assert say(first, RUNNING) == TrialScheduler.CONTINUE
+    scheduler.on_trial_complete(None, first, {})  # its process is gone, no end was heard of
+    second = hand_out()
+    assert second.config == first.config
+    assert say(first, RUNNING, 2) == TrialScheduler.STOP
+    assert say(first, CRASHED) == TrialScheduler.STOP
+    scheduler.on_trial_error(None, first)
+    assert search.study.trial(0).state.name == "RUNNING"
+    assert search.study.trial(0).intermediate_values == {1: 0.5}
+    assert say(second, RUNNING, 2) == TrialScheduler.CONTINUE
+    say(second, FINISHED, 3)
+    scheduler.on_trial_complete(None, second, {})
+    assert search.study.trial(0).state.name == "COMPLETE"
+    assert sorted(search.study.trial(0).intermediate_values) == [1, 2, 3]
+    assert search.conductor.is_done
