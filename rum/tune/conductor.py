@@ -12,7 +12,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from rum.errors import StudyError
+from rum.errors import ConfigError, StudyError
 from rum.experiment import ExperimentConfig
 from rum.tasks import Task
 from rum.training.loop import Report
@@ -25,6 +25,7 @@ from rum.tune.schedulers import Population, Scheduler, Verdict
 from rum.tune.space import apply
 from rum.tune.study import (
     BY_HAND,
+    INFEASIBLE,
     PAUSED,
     REASON,
     RESUMED,
@@ -107,6 +108,7 @@ class Conductor:
         if isinstance(scheduler, Population):
             waiting = len(study.trials(TrialState.WAITING))
             study.target = max(study.target, self._asked + waiting)
+            self.runs.record_target()
         self._began = time.monotonic()
         self._epochs_trained = 0
         self.runs.catch_up(self._paused)
@@ -138,10 +140,12 @@ class Conductor:
         self.advance()
         while (spec := self._open_next()) is not None:
             self._running[spec.number] = spec
+            refusal = self._judge(spec)
             self.runs.start(spec)
-            if not self._refuse(spec):
+            if refusal is None:
                 self.runs.report_again(spec.number, self._last_epoch[spec.number])
                 return spec
+            self._refuse(spec.number, refusal)
         return None
 
     def _open_next(self) -> TrialSpec | None:
@@ -239,17 +243,26 @@ class Conductor:
         self.runs.record_target()
         return done
 
-    def _refuse(self, spec: TrialSpec) -> bool:
-        """Ends a candidate that is beyond the limits; one that has begun to train goes on."""
-        number = spec.number
-        if self._limits is None or spec.origin is not None or self._last_epoch[number]:
-            return False
-        verdict = self._limits.judge(apply(self._base, spec.parameters))
-        self._study.constrain(number, verdict.excess)
-        if verdict.reason is None:
+    def _judge(self, spec: TrialSpec) -> str | None:
+        """Why a candidate cannot be trained; None for what can, or has begun to be."""
+        if spec.origin is not None or self._last_epoch[spec.number]:
+            return None
+        try:
+            experiment = apply(self._base, spec.parameters)
+        except ConfigError as error:  # values that are valid by themselves, but not together
+            return f"{INFEASIBLE}: {error}"
+        reason = None
+        if self._limits is not None:
+            verdict = self._limits.judge(experiment)
+            self._study.constrain(spec.number, verdict.excess)
+            reason = verdict.reason
+        if reason is None:
             self._refused_in_a_row = 0
-            return False
-        self._end(number, TrialState.PRUNED, reason=verdict.reason, worker={})
+        return reason
+
+    def _refuse(self, number: int, reason: str) -> None:
+        """Ends a candidate that cannot be trained."""
+        self._end(number, TrialState.PRUNED, reason=reason, worker={})
         del self._last_epoch[number]
         self._asked -= 1
         self._refused_in_a_row += 1
@@ -257,10 +270,9 @@ class Conductor:
         if self._refused_in_a_row >= most:
             raise StudyError(
                 f"{most} candidates in a row were infeasible, the last with "
-                f"{verdict.reason.partition(': ')[2]}: nearly all of the space is beyond "
+                f"{reason.partition(': ')[2]}: nearly all of the space is invalid or beyond "
                 "search.max_parameters or search.max_memory_gigabytes"
             )
-        return True
 
     # What goes on
 

@@ -20,6 +20,7 @@ from rum.tune.space import differences, distribution
 from rum.tune.study import ORIGIN, REASON, add_study
 from rum.tune.tracking import (
     ATTRIBUTES_TAG,
+    CONSTRAINTS_TAG,
     DEFINITION_FILE,
     FAILED,
     FINISHED,
@@ -151,7 +152,8 @@ def _trial(run: Run, number: int, space: dict[str, Domain], client: MlflowClient
     try:
         parameters = json.loads(tags[PARAMETERS_TAG])
         attributes = json.loads(tags[ATTRIBUTES_TAG])
-        domains = {name: distribution(space[name]) for name in parameters}
+        domains = {name: distribution(space[name], value) for name, value in parameters.items()}
+        constraints = json.loads(tags.get(CONSTRAINTS_TAG, "{}"))
     except (KeyError, ValueError) as error:
         raise StudyError(
             f"trial {number} cannot be rebuilt from run {run.info.run_id}: its tags "
@@ -172,6 +174,7 @@ def _trial(run: Run, number: int, space: dict[str, Domain], client: MlflowClient
         distributions=domains,
         user_attrs=attributes,
         intermediate_values=curve,
+        constraints=constraints or None,
     )
     trial.datetime_start = _time(run.info.start_time)
     trial.datetime_complete = _time(run.info.end_time) if ended else None

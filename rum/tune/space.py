@@ -19,6 +19,9 @@ Fit = Callable[[Mapping[str, Any], str, Domain], int]
 
 _Config = TypeVar("_Config", bound=ExperimentConfig)
 
+MAX_CHECKED = 1000
+"""Values of an int domain that are checked one by one before a search."""
+
 NOT_SEARCHABLE = {
     "model.name": "it decides which options there are",
     "task.name": "trials of different tasks do not compare",
@@ -48,7 +51,7 @@ def check_space(base: ExperimentConfig, space: Space) -> None:
         if name in NOT_SEARCHABLE:
             raise ConfigError(f"{where} cannot be searched: {NOT_SEARCHABLE[name]}")
         _check_domain(where, domain)
-        for branch, value in itertools.product(_branches(where, domain, seen), _extremes(domain)):
+        for branch, value in itertools.product(_branches(where, domain, seen), _values(domain)):
             try:
                 replace(base, {**branch, name: value})
             except ConfigError as error:
@@ -106,6 +109,16 @@ def _extremes(domain: Domain) -> list[Any]:
     assert domain.high is not None
     convert = int if domain.type == "int" else float
     return [convert(domain.low), convert(domain.high)]
+
+
+def _values(domain: Domain) -> list[Any]:
+    """All values, of a float domain the ends, of a very long int domain some."""
+    ends = _extremes(domain)
+    if domain.type != "int":
+        return ends
+    low, high = ends
+    values = range(low, high + 1, int(domain.step or 1))
+    return [*values[:: -(-len(values) // MAX_CHECKED)], high]
 
 
 def _branches(where: str, domain: Domain, seen: Space) -> list[dict[str, Any]]:
@@ -168,8 +181,10 @@ def suggest(trial: optuna.Trial, space: Space, fit: Fit | None = None) -> dict[s
     return values
 
 
-def distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
-    """Optuna's distribution of a domain, the one that `suggest` samples from."""
+def distribution(domain: Domain, value: Any) -> optuna.distributions.BaseDistribution:
+    """Optuna's distribution of a trial's value of a domain, as `suggest` leaves it."""
+    if domain.parameters is not None:
+        return optuna.distributions.IntDistribution(value, value)
     if domain.choices is not None:
         return optuna.distributions.CategoricalDistribution(domain.choices)
     low, high = _extremes(domain)

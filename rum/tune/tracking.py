@@ -42,6 +42,7 @@ PARENT_TAG = "mlflow.parentRunId"
 # What a study is rebuilt from, as JSON: MLflow's own parameters are text.
 PARAMETERS_TAG = "rum.parameters"
 ATTRIBUTES_TAG = "rum.attributes"
+CONSTRAINTS_TAG = "rum.constraints"
 SEQUENCE_TAG = "rum.sampler_sequence"
 TARGET_TAG = "rum.target"
 DEFINITION_FILE = "definition.json"

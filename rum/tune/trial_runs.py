@@ -8,7 +8,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial
 
-from rum.errors import CheckpointError
+from rum.errors import CheckpointError, ConfigError
 from rum.experiment import ExperimentConfig
 from rum.parameters import flatten
 from rum.tasks import Task
@@ -31,6 +31,7 @@ from rum.tune.study import (
 )
 from rum.tune.tracking import (
     ATTRIBUTES_TAG,
+    CONSTRAINTS_TAG,
     INTERRUPTED,
     PARAMETERS_TAG,
     RUNNING,
@@ -99,25 +100,32 @@ class TrialRuns:
     def _begin(
         self, number: int, parameters: dict[str, Any], origin: dict[str, Any] | None
     ) -> None:
-        experiment = apply(self._base, parameters)
+        try:
+            experiment = apply(self._base, parameters)
+            capsule = json.dumps(make_capsule(experiment, self._task, origin), indent=1)
+            asked = {}
+        except ConfigError:  # a candidate that is not trained: its values are kept as asked for
+            experiment, capsule, asked = self._base, None, parameters
         tags = trial_tags(experiment)
         if origin:
             tags |= {f"rum.origin_{key}": str(value) for key, value in origin.items()}
         attributes = {ORIGIN: origin} if origin else {}
         tags |= {PARAMETERS_TAG: json.dumps(parameters), ATTRIBUTES_TAG: json.dumps(attributes)}
+        if constraints := self._study.trial(number).constraints:
+            tags[CONSTRAINTS_TAG] = json.dumps(constraints)
         if self._study.sequence:
             tags[SEQUENCE_TAG] = json.dumps(self._study.sequence)
         plain = {name: asdict(getattr(experiment, name)) for name in ("model", "task", "training")}
         self._tracker.start_trial(
             number,
             f"{self._study.name}-{number:04d}",
-            flatten(plain),
+            flatten(plain) | asked,
             tags,
             parent_id=origin.get("run_id") if origin else None,
             began=self._study.trial(number).datetime_start,
         )
-        capsule = make_capsule(experiment, self._task, origin)
-        self._tracker.log_text_once(number, json.dumps(capsule, indent=1), CAPSULE_FILE)
+        if capsule is not None:
+            self._tracker.log_text_once(number, capsule, CAPSULE_FILE)
 
     def report(self, number: int, report: Report) -> None:
         """Writes what a trial measured in an epoch."""

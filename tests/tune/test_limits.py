@@ -220,6 +220,40 @@ def test_infeasible_candidates_are_recorded_and_do_not_count(
     assert "infeasible" not in best_trials(search.study, TASK)
 
 
+def test_values_that_are_not_valid_together_are_refused_as_infeasible(
+    driver: Callable[..., Driver],
+    output_dir: Path,
+    runs_of: Callable[..., Any],
+    check_books: Callable[..., None],
+) -> None:
+    pair = ("model.lambda_", "model.lambda_trainable")
+    space = {
+        pair[0]: Domain(type="categorical", choices=[0.0, 0.5]),
+        pair[1]: Domain(type="categorical", choices=[False, True]),
+    }
+    search = driver(6, None, space)
+    for _ in range(3):
+        spec = search.conductor.next_trial()
+        assert spec is not None
+        search.finish(spec.number, 1.0)
+    search = driver(6, None, space)  # a later driver meets them among the trials that ended
+    while (spec := search.conductor.next_trial()) is not None:
+        search.finish(spec.number, 1.0)
+    trials = search.study.trials()
+    asked = [tuple(trial.params[name] for name in pair) for trial in trials]
+    refused = {trial.number for trial in search.study.refused()}
+    assert refused == {number for number, values in enumerate(asked) if values == (0.0, True)}
+    assert refused, "no two values contradicted each other: nothing is tested"
+    assert len(trials) == 6 + len(refused)
+    search.tracker.flush()
+    check_books(output_dir, "study", "cross_entropy")
+    runs = runs_of(output_dir, "study")
+    for number in refused:
+        assert runs[number].data.tags["rum.reason"].startswith("infeasible: model.lambda_")
+        values = [runs[number].data.params[name] for name in pair]
+        assert values == ["0.0", "true"]
+
+
 def test_a_later_driver_counts_as_the_first_did(
     driver: Callable[..., Driver], output_dir: Path, check_books: Callable[..., None]
 ) -> None:

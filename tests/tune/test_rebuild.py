@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rum.cells import RUMConfig
 from rum.errors import StudyError
-from rum.experiment import ExperimentConfig
+from rum.experiment import ExperimentConfig, parameter_count
 from rum.tasks import CopyingConfig
 from rum.train import TrackingConfig
 from rum.training.config import TrainingConfig
@@ -30,7 +30,9 @@ from rum.tune.config import (
     SearchOptions,
 )
 from rum.tune.database import open_storage
+from rum.tune.limits import Limits
 from rum.tune.messages import CRASHED, DIVERGED, FINISHED, RUNNING, Workplace
+from rum.tune.prediction import Predictor
 from rum.tune.rebuild import RecordedStudy, read_study, rebuild
 from rum.tune.schedulers.halving import Halving
 from rum.tune.search import run_search
@@ -71,7 +73,11 @@ class Driver:
     """A conductor with its books, told by hand what its trials do."""
 
     def __init__(
-        self, output_dir: Path, sampler: SamplerConfig = TPE, space: Space = SPACE
+        self,
+        output_dir: Path,
+        sampler: SamplerConfig = TPE,
+        space: Space = SPACE,
+        max_parameters: int | None = None,
     ) -> None:
         self.definition = {**DEFINITION, "space": space_to_plain(space)}
         self.storage = open_storage(output_dir)
@@ -87,7 +93,8 @@ class Driver:
         self.tracker.tag_study(TARGET_TAG, str(self.study.target))
         workplace = Workplace(dataclasses.asdict(BASE), str(output_dir / "mine"), None)
         rungs = Halving([2], 2, "min")
-        self.conductor = Conductor(self.study, BASE, TASK, rungs, self.tracker, workplace)
+        limits = Limits(Predictor(BASE, TASK), max_parameters)
+        self.conductor = Conductor(self.study, BASE, TASK, rungs, self.tracker, workplace, limits)
 
     def start(self) -> int:
         spec = self.conductor.next_trial()
@@ -195,6 +202,25 @@ def test_the_rebuilt_study_asks_what_the_lost_one_would_have(
     assert rebuilt == lost
     earlier = [trial.params for trial in studies[0].trials()[:4]]
     assert all(parameters not in earlier for parameters in rebuilt)
+
+
+def test_what_the_sampler_was_told_of_limits_is_rebuilt(output_dir: Path, tmp_path: Path) -> None:
+    sampler = SamplerConfig(name="nsga2", startup_trials=4)
+    space = {"model.hidden_size": Domain(type="int", low=4, high=40)}
+    limit = parameter_count(RUMConfig(hidden_size=20), TASK)
+    driver = Driver(output_dir, sampler, space, limit)
+    for value in range(6):
+        driver.tell(driver.start(), *[1.0 + value] * 4)
+    driver.tracker.close(INTERRUPTED)
+    storage = open_storage(tmp_path / "elsewhere")
+    rebuild(storage, read(output_dir, driver.definition))
+    rebuilt, lost = (
+        [trial.constraints for trial in Study(each, "mine", space, sampler).trials()]
+        for each in (storage, driver.storage)
+    )
+    assert rebuilt == lost
+    assert any(each["parameters"] > 0 for each in lost)
+    assert any(each["parameters"] <= 0 for each in lost)
 
 
 def test_what_was_running_goes_on_and_the_rest_follows(driver: Driver, output_dir: Path) -> None:

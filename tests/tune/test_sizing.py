@@ -18,7 +18,7 @@ from rum.tune.forecast import forecast
 from rum.tune.limits import check_feasible, limits_of
 from rum.tune.prediction import Predictor
 from rum.tune.sizing import fitting
-from rum.tune.space import apply, check_space, suggest
+from rum.tune.space import apply, check_space, distribution, suggest
 from rum.tune.study import Study, ensure_study
 
 BASE = ExperimentConfig(
@@ -68,6 +68,13 @@ def test_every_sample_has_the_number_of_parameters(sampler: str) -> None:
     assert len({trial.params[FAST] for trial in trials}) > 5
     for trial in trials:
         assert count(trial.params) == pytest.approx(BUDGET, rel=0.01)
+
+
+def test_a_trial_can_be_made_again_from_its_values() -> None:
+    (trial,) = sample(1)
+    made = {name: distribution(SPACE[name], value) for name, value in trial.params.items()}
+    assert made == trial.distributions
+    assert made[SLOW].single()
 
 
 @pytest.mark.parametrize("fast", [24, 41, 60])

@@ -7,10 +7,10 @@ from typing import Any
 import optuna
 import pytest
 
-from rum.cells import FSRUMConfig, RUMConfig
+from rum.cells import EUNNConfig, FSRUMConfig, RUMConfig
 from rum.errors import ConfigError
 from rum.experiment import ExperimentConfig
-from rum.tasks import CopyingConfig
+from rum.tasks import CopyingConfig, RecallConfig
 from rum.training.config import TrainingConfig
 from rum.tune.config import Domain
 from rum.tune.space import apply, check_space, differences, space_to_plain, suggest
@@ -66,6 +66,18 @@ GATE = {"model.layer_norm_gate": choice("post_sigmoid", "pre_sigmoid")}
 def test_a_space_that_cannot_work_is_refused(space: dict[str, Domain], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_space(BASE, space)
+
+
+def test_whole_numbers_between_the_ends_are_checked_too() -> None:
+    base = ExperimentConfig(model=BASE.model, task=RecallConfig(), training=BASE.training)
+    check_space(base, {"task.length": number("int", 10, 20, step=2)})
+    with pytest.raises(ConfigError, match=r"task\.length = 11 is not valid"):
+        check_space(base, {"task.length": number("int", 10, 20)})
+    base = ExperimentConfig(
+        model=EUNNConfig(style="fft", hidden_size=8), task=BASE.task, training=BASE.training
+    )
+    with pytest.raises(ConfigError, match=r"hidden_size = 1053 is not valid: .* power of two"):
+        check_space(base, {"model.hidden_size": number("int", 4, 2**20)})
 
 
 def test_nested_options_are_checked_too() -> None:
