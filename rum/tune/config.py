@@ -140,6 +140,12 @@ class SearchOptions:
             check_positive("search.max_memory_gigabytes", self.max_memory_gigabytes)
         if self.max_trial_epochs is not None:
             check_at_least("search.max_trial_epochs", self.max_trial_epochs, 1)
+        if self.deterministic and self.max_memory_gigabytes is not None:
+            raise ConfigError(
+                "search.max_memory_gigabytes cannot go with search.deterministic=true: trials "
+                "that have ended correct the prediction for the next driver, so which candidates "
+                "are refused would depend on interruptions; give search.max_parameters"
+            )
         for name in ("max_hours", "max_gpu_hours"):
             hours = getattr(self, name)
             if hours is None:

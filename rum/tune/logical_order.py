@@ -40,6 +40,12 @@ class _Lane:
         """When its next message is due."""
         return self.began + self.next_epoch - self.first_epoch
 
+    @property
+    def has_end(self) -> bool:
+        """Whether its last message has come, due or not."""
+        ended = (message["status"] != messages.RUNNING for message in self.inbox.values())
+        return self.last_words is not None or any(ended)
+
     def due(self) -> dict[str, Any] | None:
         """Its next message, if it has come."""
         return self.inbox.pop(self.next_epoch, None) or self.last_words
@@ -67,7 +73,8 @@ class LogicalOrder:
         for trial in trials:
             if trial.state == TrialState.RUNNING and not is_paused(trial):
                 spec = conductor.next_trial()  # it hands out what was running first
-                assert spec is not None
+                if spec is None:  # what its last driver had not yet judged was refused
+                    break
                 self._begin(spec)
 
     @property
@@ -105,9 +112,10 @@ class LogicalOrder:
         return is_over
 
     def on_not_started(self, number: int) -> None:
-        """Takes that a trial's process died before it ran: it is handed out again."""
+        """Takes that a trial's process is gone without a last word: it is handed out again."""
         self._in_ray.discard(number)
-        if number not in self._lanes or self._is_waiting(number):
+        lane = self._lanes.get(number)
+        if lane is None or lane.has_end or self._is_waiting(number):
             return
         spec = self._conductor.next_trial() if self._conductor.on_not_started(number) else None
         if spec is not None:

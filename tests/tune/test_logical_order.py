@@ -10,15 +10,17 @@ import pytest
 
 from rum.cells import RUMConfig
 from rum.errors import ConfigError
-from rum.experiment import ExperimentConfig
+from rum.experiment import ExperimentConfig, parameter_count
 from rum.tasks import CopyingConfig
 from rum.training.config import TrainingConfig
 from rum.tune.conductor import Conductor
 from rum.tune.config import Domain, SamplerConfig, SearchOptions
+from rum.tune.limits import Limits
 from rum.tune.logical_order import LogicalOrder
 from rum.tune.messages import CRASHED, DIVERGED, FINISHED, RUNNING, Workplace
+from rum.tune.prediction import Predictor
 from rum.tune.schedulers.halving import Halving, Plateau
-from rum.tune.study import Study, ensure_study
+from rum.tune.study import RESUMED, Study, ensure_study
 
 EPOCHS, TRIALS, WORKERS = 9, 14, 3
 BASE = ExperimentConfig(
@@ -31,6 +33,9 @@ SPACE = {
     "training.learning_rate": Domain(type="float", low=1e-4, high=1e-1, log=True),
     "model.hidden_size": Domain(type="int", low=4, high=64),
 }
+LIMITS = Limits(
+    Predictor(BASE, TASK), max_parameters=parameter_count(RUMConfig(hidden_size=55), TASK)
+)
 
 
 class NoTracker:
@@ -63,6 +68,7 @@ class Driver:
             halving,
             tracker,
             Workplace({}, "/nowhere", None),
+            LIMITS,
             max_failures=1000,
         )
         self.order = LogicalOrder(self.conductor, self.study, WORKERS)
@@ -71,11 +77,14 @@ class Driver:
     def run(self, checkpoints: dict[int, int]) -> None:
         """Runs to the end; `checkpoints` are the epochs on disk, which outlive the driver."""
         workers: list[list[Any]] = []  # number, parameters, epochs to send
+        through: set[int] = set()
         while not (self.order.is_done and not workers):
             if len(workers) < WORKERS:
                 spec = self.order.next_trial()
                 if spec is not None:
                     assert all(spec.number != other[0] for other in workers), "two workers on one"
+                    if spec.number in through:  # it trained on beyond a pause decided later
+                        assert RESUMED in self.study.trial(spec.number).user_attrs
                     workers.append([spec.number, spec.parameters, 1])
                     continue
             if not workers:
@@ -103,6 +112,9 @@ class Driver:
             worker[2] += 1
             if self.order.on_message(said) or status != RUNNING:
                 workers.remove(worker)
+                if status == FINISHED:  # its process is gone, as that of a trial that died
+                    through.add(number)
+                    self.order.on_not_started(number)
 
 
 def outcome(number: int, parameters: dict[str, Any]) -> dict[tuple[int, int], str]:
@@ -162,8 +174,10 @@ class Mortal:
 @pytest.mark.parametrize("scheduler", ["asha", "promotion", "plateau"])
 def test_the_order_of_arrival_does_not_matter(scheduler: str) -> None:
     first, _ = search(scheduler, seed=0)
-    assert len(first) == TRIALS
     assert len({str(state) for _, state, *_ in first}) == 3  # complete, pruned and failed
+    refused = [notes for *_, notes in first if "infeasible" in notes.get("rum.reason", "")]
+    assert refused
+    assert len(first) == TRIALS + len(refused)
     for seed in range(1, 8):
         assert search(scheduler, seed)[0] == first
 
@@ -179,7 +193,9 @@ def test_nor_does_it_matter_where_the_driver_dies(scheduler: str) -> None:
     assert total >= 25
 
 
-def test_workers_must_be_counted() -> None:
+def test_what_decisions_would_depend_on_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"deterministic=true needs search\.max_concurrent"):
         SearchOptions(deterministic=True)
+    with pytest.raises(ConfigError, match=r"max_memory_gigabytes cannot go with"):
+        SearchOptions(deterministic=True, max_concurrent=2, max_memory_gigabytes=1.0)
     assert dataclasses.asdict(SearchOptions(deterministic=True, max_concurrent=2))["deterministic"]
