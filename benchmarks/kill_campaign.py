@@ -227,8 +227,12 @@ def run_to_end(search: Search, kills: int, generator: random.Random) -> Counter[
             after = search.trials()
             check_kept(before, after)
             before = after
-            if what != "worker":
-                search.start()
+            if what == "worker":
+                continue
+            study = search.study()
+            if study is not None and study.is_concluded:  # resumed, it would be extended
+                return killed
+            search.start()
             continue
         if done:
             raise CampaignError(f"a driver ended with {done}: {search.folder / 'log.txt'}")

@@ -114,6 +114,12 @@ class SearchOptions:
     """The same in hours while a driver runs, over all of them."""
     max_gpu_hours: float | None = None
     """The same in hours of GPUs: share x time, summed over trials."""
+    seeds: int = 1
+    """Above 1: when the search is through, its best trials are trained anew to the end under so
+    many other seeds (training.seed + 1 and on), ranked by their mean, and the best is registered;
+    the alias `best` moves only beyond noise. Not part of the budgets above."""
+    finalists: int = 3
+    """How many trials that are."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
@@ -129,6 +135,8 @@ class SearchOptions:
         share = self.gpus_per_trial
         if share != AUTO and (isinstance(share, str) or not 0.0 <= share):
             raise ConfigError(f"search.gpus_per_trial must be >= 0 or {AUTO!r}, got {share!r}")
+        check_at_least("search.seeds", self.seeds, 1)
+        check_at_least("search.finalists", self.finalists, 1)
         check_at_least("search.max_failures", self.max_failures, 0)
         if not 0.0 <= self.disk_reserve_gigabytes:
             raise ConfigError(
@@ -240,6 +248,10 @@ class ResumeConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
         check_at_least("top", self.top, 1)
+        if self.search.seeds != 1:
+            raise ConfigError(
+                f"search.seeds={self.search.seeds} is for searches: continued trials keep theirs"
+            )
         if self.search.deterministic:
             raise ConfigError(
                 "search.deterministic=true is for searches: continued trials do not depend on "
@@ -352,6 +364,11 @@ class EvaluateConfig:
             check_choice("splits", split, ("validation", "test"))
         if self.threads is not None:
             check_positive("threads", self.threads)
+
+
+def data_folder(data_dir: str | None) -> Path | None:
+    """Where corpora are looked for first, also from a worker."""
+    return Path(data_dir).absolute() if data_dir else None
 
 
 def output_folder(output_dir: str) -> Path:

@@ -1,7 +1,6 @@
 """Continues a study's best trials for more epochs, as a study of their own."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from optuna.trial import FrozenTrial
@@ -10,18 +9,20 @@ from rum.errors import ConfigError, StudyError
 from rum.experiment import ExperimentConfig, experiment_from_plain, model_sizes
 from rum.parameters import nearest, replace, unflatten
 from rum.training.checkpoint import Checkpoint, CheckpointStore
+from rum.tune.conducting import conduct
 from rum.tune.config import (
     Domain,
     ResumeConfig,
     SamplerConfig,
     SchedulerConfig,
     SearchConfig,
+    data_folder,
     output_folder,
 )
 from rum.tune.database import open_storage
 from rum.tune.messages import Workplace
 from rum.tune.opening import define
-from rum.tune.search import check_machine, conduct
+from rum.tune.search import check_machine
 from rum.tune.sizing import fitting
 from rum.tune.study import ORIGIN, Study, check_definition, ensure_study, study_names
 from rum.tune.study_folder import claim_folder, locked
@@ -61,8 +62,7 @@ def continue_best(config: ResumeConfig) -> str:
         )
     device = config.training.device or _device_of(config, ranked[0])
     search = _search_config(config, origin_study.definition, device)
-    data_dir = Path(config.data_dir).absolute() if config.data_dir else None
-    task = search.task.load(seed=search.training.seed, data_dir=data_dir)
+    task = search.task.load(seed=search.training.seed, data_dir=data_folder(config.data_dir))
     if task.checksum != origin_study.definition["data_checksum"]:
         raise StudyError(
             f"study {config.study} was made on other data: checksum "
@@ -83,9 +83,13 @@ def continue_best(config: ResumeConfig) -> str:
         for trial in ranked[: config.top]:
             if trial.number not in queued:
                 run = trial_run(client, experiment_id, config.study, trial.number, origin_study.id)
-                study.enqueue(trial.params, _origin(config, trial, run.info.run_id))
+                origin = _origin(config, trial, run.info.run_id)
+                study.enqueue(trial.params, {ORIGIN: origin})
         study.target = len(study.trials())
-        return conduct(search, study, task, client, experiment_id)
+        outcome = conduct(search, study, task, client, experiment_id)
+        if outcome.is_through:
+            study.conclude()
+        return outcome.summary
 
 
 def _origin(config: ResumeConfig, trial: FrozenTrial, run_id: str) -> dict[str, Any]:

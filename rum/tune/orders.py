@@ -112,7 +112,7 @@ def _stop_trial(order: Order, study: Study, conductor: Conductor | None) -> None
 
 def _enqueue(order: Order, study: Study) -> None:
     if not any(trial.user_attrs.get(ORDER) == order.id for trial in study.trials()):
-        study.enqueue(order.parameters, order=order.id)
+        study.enqueue(order.parameters, {ORDER: order.id})
     to_come = study.trials(TrialState.RUNNING, TrialState.WAITING)
     _raise_target(study, len(study.ended()) + len(to_come))
 

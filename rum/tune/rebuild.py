@@ -17,7 +17,7 @@ from rum.errors import StudyError
 from rum.parameters import nearest
 from rum.tune.config import Domain
 from rum.tune.space import differences, distribution
-from rum.tune.study import ORIGIN, REASON, add_study
+from rum.tune.study import FINALIST, ORIGIN, REASON, add_study
 from rum.tune.tracking import (
     ATTRIBUTES_TAG,
     CONSTRAINTS_TAG,
@@ -106,10 +106,11 @@ def read_study(
     by_number = {number: _trial(run, number, space, client) for number, run in own.items()}
     numbers = range(max(by_number, default=-1) + 1)
     missing = [number for number in numbers if number not in by_number]
-    if missing and any(ORIGIN in trial.user_attrs for trial in by_number.values()):
+    attributes = {key for trial in by_number.values() for key in trial.user_attrs}
+    if missing and attributes & {ORIGIN, FINALIST}:
         raise StudyError(
-            f"study {name} cannot be rebuilt: its trials continue others, and MLflow has no run "
-            f"of trials {missing} that says which"
+            f"study {name} cannot be rebuilt: its trials continue or repeat others, and MLflow "
+            f"has no run of trials {missing} that says which"
         )
     waiting = create_trial(state=TrialState.WAITING)
     return RecordedStudy(

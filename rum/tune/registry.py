@@ -13,6 +13,7 @@ from rum.errors import TrackingError
 from rum.tasks import Task
 from rum.train import task_slug
 from rum.training.checkpoint import Checkpoint
+from rum.tune.spread import Spread, is_beyond_noise
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for three small files
 
@@ -35,12 +36,18 @@ def model_name(task: Task, task_name: str) -> str:
 
 
 def register(
-    client: MlflowClient, run_id: str, checkpoint: Checkpoint, task: Task, task_name: str
+    client: MlflowClient,
+    run_id: str,
+    checkpoint: Checkpoint,
+    task: Task,
+    task_name: str,
+    spread: Spread | None = None,
 ) -> Registered:
     """Makes a checkpoint an artifact of its run and a version of the task's model.
 
     The alias `best` moves only if the validation metric beats that of its holder under the same
-    protocol and on the same data. Doing this twice changes nothing.
+    protocol and on the same data, and beyond noise as far as that is known of one of them
+    (`rum.tune.spread.is_beyond_noise`). Doing this twice changes nothing.
 
     Args:
         client: MLflow.
@@ -48,9 +55,11 @@ def register(
         checkpoint: Best by validation.
         task: The task.
         task_name: Its name.
+        spread: Of the run's configuration under several seeds; None if it ran under one.
     """
     name = model_name(task, task_name)
     value = float(checkpoint.description["best_value"])
+    spread = spread or Spread.of([value])
     version = _existing_version(client, name, run_id, checkpoint)
     if version is None:
         client.log_artifacts(run_id, str(checkpoint.path), ARTIFACT)
@@ -67,12 +76,26 @@ def register(
             tags={
                 "metric": task.metric,
                 "value": repr(value),
+                **_spread_tags(spread),
                 "protocol": task.protocol,
                 "data_checksum": task.checksum,
                 "sha256": checkpoint.description["sha256"],
             },
         )
-    return Registered(name, str(version.version), _move_alias(client, version, value, task))
+    return Registered(name, str(version.version), _move_alias(client, version, spread, task))
+
+
+def _spread_tags(spread: Spread) -> dict[str, str]:
+    if spread.count == 1:
+        return {}
+    return {"mean": repr(spread.mean), "std": repr(spread.std), "seeds": str(spread.count)}
+
+
+def _spread_of(version: ModelVersion) -> Spread:
+    tags = version.tags
+    if "seeds" not in tags:
+        return Spread.of([float(tags["value"])])
+    return Spread(float(tags["mean"]), float(tags["std"]), int(tags["seeds"]))
 
 
 def _existing_version(
@@ -84,7 +107,7 @@ def _existing_version(
     return None
 
 
-def _move_alias(client: MlflowClient, version: ModelVersion, value: float, task: Task) -> str:
+def _move_alias(client: MlflowClient, version: ModelVersion, spread: Spread, task: Task) -> str:
     name = version.name
     alias = f"models:/{name}@{ALIAS}"
     try:
@@ -92,7 +115,7 @@ def _move_alias(client: MlflowClient, version: ModelVersion, value: float, task:
     except MlflowException:  # no version has the alias yet
         holder = None
     if holder is not None and holder.version == version.version:
-        return f"{alias} is version {version.version} ({task.metric} {value:.4f})"
+        return f"{alias} is version {version.version} ({task.metric} {spread})"
     if holder is not None:
         same = (task.protocol, task.checksum)
         if (holder.tags.get("protocol"), holder.tags.get("data_checksum")) != same:
@@ -100,14 +123,16 @@ def _move_alias(client: MlflowClient, version: ModelVersion, value: float, task:
                 f"{alias} stays at version {holder.version}, which was measured under another "
                 f"protocol or on other data; this one is version {version.version}"
             )
-        held = float(holder.tags["value"])
-        if not (value < held if task.mode == "min" else value > held):
+        held = _spread_of(holder)
+        is_better = spread.mean < held.mean if task.mode == "min" else spread.mean > held.mean
+        if not (is_better and is_beyond_noise(spread, held)):
+            noise = " which is better, but not beyond noise" if is_better else ""
             return (
-                f"{alias} stays at version {holder.version} ({task.metric} {held:.4f}); "
-                f"this one is version {version.version} ({value:.4f})"
+                f"{alias} stays at version {holder.version} ({task.metric} {held}); "
+                f"this one is version {version.version} ({spread}){noise}"
             )
     client.set_registered_model_alias(name, ALIAS, version.version)
-    return f"{alias} is now version {version.version} ({task.metric} {value:.4f})"
+    return f"{alias} is now version {version.version} ({task.metric} {spread})"
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def next_commands(config: SearchConfig, study: Study, task: Task) -> str:
         for name, value in options.items()
         if value not in (None, "outputs")
     )
-    again = resume_command(config.command, study.name)
+    again = resume_command(config.command, config.study or study.name)
     more = 2 * config.training.max_epochs
     lines = ["Next:"]
     if uri.startswith("sqlite:"):

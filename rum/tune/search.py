@@ -1,64 +1,32 @@
 """Runs a search: checks everything first, then lets Ray Tune run the conductor's trials."""
 
 import dataclasses
-import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
-from optuna.exceptions import OptunaError
-from ray.exceptions import RayError
-from sqlalchemy.exc import SQLAlchemyError
 
-from rum.errors import CheckpointError, ConfigError, RumError
-from rum.experiment import ExperimentConfig, check_device, model_sizes
-from rum.parameters import flatten
+from rum.errors import ConfigError
+from rum.experiment import check_device, model_sizes
 from rum.tasks import CharacterLMConfig, Task
-from rum.training.checkpoint import CheckpointStore
-from rum.tune.budget import Budget, check_budget, describe, first_epochs
-from rum.tune.cluster import check_ray_address, concurrent, resources, running_ray
-from rum.tune.conductor import Conductor
-from rum.tune.config import SearchConfig, output_folder
+from rum.tune.budget import check_budget, describe
+from rum.tune.cluster import check_ray_address, concurrent, resources
+from rum.tune.conducting import conduct
+from rum.tune.config import SearchConfig, data_folder, output_folder
 from rum.tune.database import open_storage
-from rum.tune.forecast import calibrate, check_disk, forecast
+from rum.tune.finalists import check_finalists, describe_finalists, rank_finalists
+from rum.tune.forecast import check_disk, forecast
 from rum.tune.limits import check_feasible, limits_of, with_share
-from rum.tune.messages import Workplace
 from rum.tune.opening import choose_name, default_name, define, set_target
-from rum.tune.orders import Orders, obey
-from rum.tune.pareto import fronts, to_json
 from rum.tune.prediction import Predictor
-from rum.tune.provenance import common_tags
-from rum.tune.ray_run import run
 from rum.tune.rebuild import read_study, rebuild
-from rum.tune.registry import register
-from rum.tune.results import best_trials, failures, next_commands, refusals, resume_command
-from rum.tune.schedulers import build_scheduler
 from rum.tune.sizing import fitting
 from rum.tune.space import check_space
-from rum.tune.study import COMMAND, Study, check_definition, ensure_study
+from rum.tune.study import Study, check_definition, ensure_study
 from rum.tune.study_folder import check_unlocked, claim_folder, locked
 from rum.tune.terminal import say
-from rum.tune.tracking import (
-    DEFINITION_FILE,
-    FINISHED,
-    INTERRUPTED,
-    TARGET_TAG,
-    Tracker,
-    connect,
-)
-
-# What goes wrong around a search: disk, databases, cluster. Anything else is a fault of this code.
-_OUTSIDE = (OSError, SQLAlchemyError, OptunaError, MlflowException, RayError)
-
-
-class InterruptedSearchError(RumError):
-    """A search was stopped by Ctrl-C or by what it runs on; it can be resumed."""
+from rum.tune.tracking import connect
 
 
 def run_search(config: SearchConfig) -> str:
@@ -75,8 +43,9 @@ def run_search(config: SearchConfig) -> str:
         InterruptedSearchError: After Ctrl-C, or when disk, database or cluster fail.
     """
     config = _located(config)
+    check_finalists(config)
     check_space(config, config.space)
-    task = config.task.load(seed=config.training.seed, data_dir=_data_dir(config))
+    task = config.task.load(seed=config.training.seed, data_dir=data_folder(config.data_dir))
     output_dir = output_folder(config.output_dir)
     config = check_machine(config, task, output_dir)
     if config.dry_run:
@@ -100,7 +69,16 @@ def run_search(config: SearchConfig) -> str:
         check_definition(study, definition)
         claim_folder(folders / name, study.id)
         say(set_target(study, config))
-        return conduct(config, study, task, client, experiment_id)
+        config = dataclasses.replace(config, study=name)
+        outcome = conduct(config, study, task, client, experiment_id)
+        if not outcome.is_through:
+            return outcome.summary
+        summary = outcome.summary
+        if config.search.seeds > 1:
+            ranking = rank_finalists(config, study, task, storage, client, experiment_id)
+            summary = f"{ranking}\n\n{summary}"
+        study.conclude()
+        return summary
 
 
 def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> SearchConfig:
@@ -116,7 +94,7 @@ def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> SearchC
     if not config.dry_run:
         _check_writable(output_dir)
         check_ray_address()
-    predictor = Predictor(config, task, _data_dir(config))
+    predictor = Predictor(config, task, data_folder(config.data_dir))
     config = with_share(config, predictor)
     limits = limits_of(config, predictor)
     check_feasible(config, limits)
@@ -129,13 +107,11 @@ def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> SearchC
     say(str(prediction))
     if (budget := describe(config.search)) is not None:
         say(budget)
+    if (more := describe_finalists(config)) is not None:
+        say(more)
     if not config.dry_run:
         check_disk(prediction, config.search.disk_reserve_gigabytes)
     return config
-
-
-def _data_dir(config: SearchConfig) -> Path | None:
-    return Path(config.data_dir).absolute() if config.data_dir else None
 
 
 def _located(config: SearchConfig) -> SearchConfig:
@@ -160,148 +136,3 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"output_dir must be a folder to write to: {error}") from error
-
-
-def conduct(
-    config: SearchConfig, study: Study, task: Task, client: Any, experiment_id: str
-) -> str:
-    """Runs a study's open trials, then registers the best and sums up.
-
-    Args:
-        config: The search.
-        study: Locked by this process, its target set.
-        task: The task, loaded.
-        client: MLflow's.
-        experiment_id: MLflow's.
-
-    Raises:
-        InterruptedSearchError: After Ctrl-C, or when disk, database or cluster fail.
-        TrackingError: If MLflow stops taking records.
-    """
-    output_dir = output_folder(config.output_dir)
-    base = ExperimentConfig(model=config.model, task=config.task, training=config.training)
-    folder = output_dir / "studies" / study.name
-    workplace = Workplace(
-        dataclasses.asdict(base), str(folder), config.data_dir, resources(config)["GPU"]
-    )
-    # From here on the study's id, not its name, says which runs are its own.
-    tracker = Tracker(
-        client,
-        experiment_id,
-        study.name,
-        task,
-        {
-            **common_tags(task, config.task.name),
-            **config.published_tags(),
-            "rum.command": config.command,
-        },
-        flatten(
-            {"search": config.search, "sampler": config.sampler, "scheduler": config.scheduler}
-        ),
-        study_id=study.id,
-    )
-    tracker.log_text(json.dumps(study.definition, indent=1), DEFINITION_FILE)
-    tracker.tag_study(TARGET_TAG, str(study.target))
-    study.set_attribute(COMMAND, config.command)
-    status = INTERRUPTED
-    conductor = None
-    try:
-        with _outside_errors_explained(resume_command(config.command, study.name)):
-            scheduler = build_scheduler(config, task)
-            predictor = Predictor(base, task, _data_dir(config))
-            calibrate(predictor, base, study, client, experiment_id)
-            limits = limits_of(config, predictor)
-            budget = Budget(
-                study,
-                config.search,
-                gpus_per_trial=resources(config)["GPU"],
-                first_epochs=first_epochs(config),
-            )
-            conductor = Conductor(
-                study,
-                base,
-                task,
-                scheduler,
-                tracker,
-                workplace,
-                limits,
-                budget,
-                config.search.max_failures,
-            )
-            obey(Orders(folder), study, conductor)
-            if not conductor.is_done:
-                with running_ray() as machine:
-                    run(config, conductor, study, workplace, concurrent(config, machine))
-            spent = conductor.out_of_budget if conductor.num_open else None
-            status = INTERRUPTED if conductor.num_open and spent is None else FINISHED
-            best = conductor.best
-            if best is not None:
-                tracker.flush()
-                run_id = tracker.run_id(best.number)
-                _register(config, task, client, run_id, workplace.trial_folder(best.number))
-            found = fronts(study, base, task, workplace)
-            if found:
-                tracker.log_text(to_json(found), "pareto.json")
-                areas = {f"pareto/hypervolume_{each.cost}": each.hypervolume for each in found}
-                tracker.log_summary(areas, conductor.num_ended)
-    finally:
-        if conductor is not None:
-            conductor.interrupt()
-        tracker.close(status)
-    if not conductor.num_open:
-        study.conclude()
-    parts = [
-        best_trials(study, task),
-        *map(str, found),
-        *failures(study),
-        *refusals(study),
-        "",
-        next_commands(config, study, task),
-    ]
-    summary = "\n".join(parts)
-    if spent is not None:
-        return (
-            f"{summary}\n\nEnded with {conductor.num_open} of {study.target} trials open: "
-            f"{spent}.\nWith a larger one they go on:\n"
-            f"  {resume_command(config.command, study.name)}"
-        )
-    if conductor.num_open:
-        raise InterruptedSearchError(
-            f"interrupted with {conductor.num_open} trials open\n\n{summary}"
-        )
-    return summary
-
-
-@contextmanager
-def _outside_errors_explained(resume_command: str) -> Iterator[None]:
-    """Says of an error that is none of this code how the search goes on after it."""
-    try:
-        yield
-    except RumError:
-        raise
-    except Exception as error:
-        chain: list[BaseException] = [error]  # Ray and Optuna raise errors of their own around it
-        while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
-            chain.append(inner)
-        if not any(isinstance(each, _OUTSIDE) for each in chain):
-            raise
-        cause = chain[-1]
-        raise InterruptedSearchError(
-            f"the search was stopped by {type(cause).__name__}: {cause}\n"
-            "What was decided and computed so far is kept. When this is mended, go on with\n"
-            f"  {resume_command}"
-        ) from error
-
-
-def _register(
-    config: SearchConfig, task: Task, client: MlflowClient, run_id: str, folder: Path
-) -> None:
-    """Registers the best checkpoint of the best trial, or says why not."""
-    try:
-        checkpoint = CheckpointStore(folder).best()
-    except CheckpointError as error:
-        say(f"The best model is not registered: {error}")
-        return
-    if checkpoint is not None:
-        registered = register(client, run_id, checkpoint, task, config.task.name)
-        say(f"Model {registered.message}")

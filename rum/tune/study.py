@@ -31,6 +31,8 @@ RESUMED = "rum.resumed"
 INFEASIBLE = "infeasible"
 """How the reason of a candidate beyond a limit begins."""
 ORIGIN = "rum.origin"
+FINALIST = "rum.finalist"
+"""Of a trial that is trained under another seed: the trial of a search that it repeats."""
 
 STOPPED = "rum.stopped"
 """That a running trial is to end at its next report."""
@@ -144,21 +146,16 @@ class Study:
         return self.trials()[number]
 
     def enqueue(
-        self,
-        parameters: dict[str, Any],
-        origin: dict[str, Any] | None = None,
-        order: str | None = None,
+        self, parameters: dict[str, Any], attributes: Mapping[str, Any] | None = None
     ) -> None:
         """Queues a trial; what is not in `parameters` is sampled when it starts.
 
         Args:
             parameters: By dotted name.
-            origin: The trial that it continues, if any.
-            order: Id of the order from outside that it is queued by, if any.
+            attributes: What to note of it: `ORIGIN` if it continues another, `ORDER` if it was
+                queued from outside, and so on.
         """
-        attributes = {ORIGIN: origin, ORDER: order}
-        given = {key: value for key, value in attributes.items() if value is not None}
-        self._study.enqueue_trial(parameters, user_attrs=given)
+        self._study.enqueue_trial(parameters, user_attrs=dict(attributes or {}))
 
     def end_without_process(self, number: int, reason: str) -> None:
         """Ends a trial that waits, is paused or was left running by a dead driver, as PRUNED."""

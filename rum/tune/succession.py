@@ -38,7 +38,7 @@ def enqueue_successor(
         "checkpoint": str(checkpoint.path),
         "replaces": number,
     }
-    study.enqueue(parameters, origin)
+    study.enqueue(parameters, {ORIGIN: origin})
     return True
 
 

@@ -20,6 +20,7 @@ from rum.tune.messages import Workplace
 from rum.tune.provenance import trial_tags
 from rum.tune.space import apply
 from rum.tune.study import (
+    FINALIST,
     INFEASIBLE,
     ORIGIN,
     REASON,
@@ -109,9 +110,14 @@ class TrialRuns:
         tags = trial_tags(experiment)
         if origin:
             tags |= {f"rum.origin_{key}": str(value) for key, value in origin.items()}
-        attributes = {ORIGIN: origin} if origin else {}
-        tags |= {PARAMETERS_TAG: json.dumps(parameters), ATTRIBUTES_TAG: json.dumps(attributes)}
-        if constraints := self._study.trial(number).constraints:
+        trial = self._study.trial(number)
+        for key, value in trial.user_attrs.get(FINALIST, {}).items():
+            tags[f"rum.finalist_{key}"] = str(value)
+        tags |= {
+            PARAMETERS_TAG: json.dumps(parameters),
+            ATTRIBUTES_TAG: self._attributes(number),
+        }
+        if constraints := trial.constraints:
             tags[CONSTRAINTS_TAG] = json.dumps(constraints)
         if self._study.sequence:
             tags[SEQUENCE_TAG] = json.dumps(self._study.sequence)
@@ -122,7 +128,7 @@ class TrialRuns:
             flatten(plain) | asked,
             tags,
             parent_id=origin.get("run_id") if origin else None,
-            began=self._study.trial(number).datetime_start,
+            began=trial.datetime_start,
         )
         if capsule is not None:
             self._tracker.log_text_once(number, capsule, CAPSULE_FILE)

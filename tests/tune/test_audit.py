@@ -17,7 +17,7 @@ from rum.train import TrackingConfig
 from rum.tune.audit import _is_recorded, check_study
 from rum.tune.config import CheckConfig, Domain, SamplerConfig
 from rum.tune.database import open_storage
-from rum.tune.study import REASON, Study, ensure_study
+from rum.tune.study import ORIGIN, REASON, Study, ensure_study
 from rum.tune.tracking import FINISHED, KILLED, TRIAL_TAG, Tracker, connect
 
 TASK = CopyingConfig(delay=3, batch_size=4, steps_per_epoch=2).load(seed=0)
@@ -48,7 +48,7 @@ def books(output_dir: Path) -> tuple[CheckConfig, MlflowClient, list[str]]:
         study.finish(number, state, 0.5 if state == TrialState.COMPLETE else None)
         ended = study.trial(number).datetime_complete
         tracker.mark_trial(number, status, {"rum.reason": "why not"}, at=ended)
-    study.enqueue({"model.hidden_size": 9}, {"run_id": "x"})
+    study.enqueue({"model.hidden_size": 9}, {ORIGIN: {"run_id": "x"}})
     tracker.close(FINISHED)
     config = CheckConfig(study="mine", output_dir=str(output_dir))
     return config, client, [tracker.run_id(number) for number in (0, 1)]

@@ -28,7 +28,7 @@ from rum.tune.ray_adapters import ConductedScheduler
 from rum.tune.schedulers import Population, Scheduler
 from rum.tune.schedulers.halving import Halving
 from rum.tune.space import apply
-from rum.tune.study import PAUSED, RUNG, Study, ensure_study, is_paused
+from rum.tune.study import ORIGIN, PAUSED, RUNG, Study, ensure_study, is_paused
 from rum.tune.succession import has_successor
 from rum.tune.tracking import INTERRUPTED, Tracker, connect
 
@@ -286,7 +286,7 @@ def test_a_continued_trial_is_a_child_of_the_run_it_comes_from(
     search = driver()
     origin = {"study": "other", "trial": 3, "run_id": "0123abcd", "checkpoint": "/c"}
     parameters = {"model.hidden_size": 8, "training.learning_rate": 0.01}
-    search.study.enqueue(parameters, origin)
+    search.study.enqueue(parameters, {ORIGIN: origin})
     assert search.conductor.next_trial().origin == origin
     search.conductor.interrupt()
     _, runs = books(search)
@@ -328,7 +328,7 @@ def test_queued_trials_count_as_part_of_the_target(driver: Callable[..., Driver]
     parameters = {"model.hidden_size": 8, "training.learning_rate": 0.01}
     for trial in range(2):
         origin = {"study": "other", "trial": trial, "run_id": "0123", "checkpoint": "/c"}
-        first.study.enqueue(parameters, origin)
+        first.study.enqueue(parameters, {ORIGIN: origin})
     second = driver(target=2)
     specs = [second.conductor.next_trial() for _ in range(3)]
     assert [spec.origin["trial"] for spec in specs[:2]] == [0, 1]

@@ -15,7 +15,7 @@ from rum.tune.config import StudyConfig
 from rum.tune.control import control
 from rum.tune.orders import EXTEND, STOP, Order
 from rum.tune.schedulers.halving import Halving
-from rum.tune.study import COMMAND, is_paused
+from rum.tune.study import COMMAND, ORIGIN, is_paused
 from rum.tune.study_folder import locked
 
 Open = Callable[..., Any]
@@ -411,7 +411,7 @@ def test_what_is_registered_or_begun_from_stays(
         (2, "artifacts", 100),
     ]
     origin = {"study": "small", "trial": 2, "checkpoint": str(folders[2])}
-    search.study.enqueue(TWO, origin)
+    search.study.enqueue(TWO, {ORIGIN: origin})
     freed = act("free", artifacts=True, confirm=True, keep_best=1)
     assert [(p["trial"], p["what"]) for p in freed["pieces"]] == [(2, "artifacts")]
     assert [folder.exists() for folder in folders] == [True, True, True]

@@ -13,9 +13,10 @@ from optuna.trial import FrozenTrial
 from rum.cells import RUMConfig
 from rum.tasks import CopyingConfig
 from rum.training.config import TrainingConfig
+from rum.tune.conducting import InterruptedSearchError
 from rum.tune.config import Domain, SchedulerConfig, SearchConfig, SearchOptions, StudyConfig
 from rum.tune.control import control
-from rum.tune.search import InterruptedSearchError, run_search
+from rum.tune.search import run_search
 
 # Its arguments are output_dir and the deadline in seconds.
 OTHER_PROCESS = """

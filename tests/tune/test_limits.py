@@ -32,7 +32,7 @@ from rum.tune.prediction import Predictor
 from rum.tune.results import best_trials, failures, refusals
 from rum.tune.schedulers.halving import Halving
 from rum.tune.search import run_search
-from rum.tune.study import Study, ensure_study
+from rum.tune.study import ORIGIN, Study, ensure_study
 from rum.tune.tracking import INTERRUPTED, Tracker, connect
 
 TASK_CONFIG = CopyingConfig(delay=3, batch_size=8, steps_per_epoch=5)
@@ -323,7 +323,7 @@ def test_a_trial_that_has_begun_to_train_goes_on_under_a_new_limit(
 def test_trials_that_are_continued_are_not_judged(driver: Callable[..., Driver]) -> None:
     search = driver(1, 1)
     search.study.enqueue(
-        {"model.hidden_size": 40, "training.learning_rate": 0.01}, {"run_id": "0"}
+        {"model.hidden_size": 40, "training.learning_rate": 0.01}, {ORIGIN: {"run_id": "0"}}
     )
     spec = search.conductor.next_trial()
     assert spec is not None

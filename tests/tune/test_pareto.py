@@ -82,7 +82,7 @@ def test_the_fronts_of_a_study(tmp_path: Path, mode: str) -> None:
     # two are no trials with a value.
     trials = [(10, 2.0, 4.0), (20, 1.0, 3.0), (30, 1.5, 1.0), (8, 3.0, None), (40, 0.0, 9.0)]
     for size, value, seconds in trials:
-        study.enqueue({"model.hidden_size": size}, {})
+        study.enqueue({"model.hidden_size": size})
         number = study.ask().number
         if size == 40:
             study.note(number, "rum.reason", "diverged: loss is not finite")

@@ -13,6 +13,7 @@ from rum.tasks import CharacterLMConfig, CopyingConfig, Task
 from rum.train import TrackingConfig
 from rum.training.checkpoint import Checkpoint, CheckpointStore
 from rum.tune.registry import Registered, fetch, model_name, register
+from rum.tune.spread import Spread
 from rum.tune.tracking import connect, tracking_uri
 
 COPYING = CopyingConfig(delay=3, batch_size=8).load(seed=0)
@@ -29,12 +30,16 @@ def offer(client: MlflowClient, tmp_path: Path) -> Callable[..., Registered]:
     """Registers a checkpoint of a run of its own; an earlier run with `run_id`."""
 
     def offer(
-        value: float, task: Task = COPYING, name: str = "copying", run_id: str | None = None
+        value: float,
+        task: Task = COPYING,
+        name: str = "copying",
+        run_id: str | None = None,
+        spread: Spread | None = None,
     ) -> Registered:
         if run_id is None:
             experiment = client.get_experiment_by_name("rum")
             run_id = client.create_run(experiment.experiment_id).info.run_id
-        return register(client, run_id, checkpoint(tmp_path, value), task, name)
+        return register(client, run_id, checkpoint(tmp_path, value), task, name, spread)
 
     return offer
 
@@ -132,6 +137,35 @@ def test_the_alias_stays_on_other_data(
     registered = offer(1.0, tasks[1], "character_lm")
     assert holder(client, "rum-character_lm-words") == "1"
     assert "on other data; this one is version 2" in registered.message
+
+
+@pytest.mark.parametrize(
+    ("held", "offered", "moves"),
+    [
+        (Spread(0.50, 0.01, 3), Spread(0.40, 0.01, 3), True),
+        (Spread(0.50, 0.05, 3), Spread(0.45, 0.05, 3), False),  # better, not beyond noise
+        (Spread(0.40, 0.01, 3), Spread(0.50, 0.01, 3), False),  # worse
+        (None, Spread(0.40, 0.001, 3), True),
+        (None, Spread(0.49, 0.05, 3), False),
+        (Spread(0.50, 0.01, 3), None, True),  # 0.3 lies outside of 0.5 ± 4.3 x 0.01 x 1.15
+        (Spread(0.50, 0.10, 3), None, False),
+    ],
+)
+def test_the_alias_moves_only_beyond_noise(
+    client: MlflowClient,
+    offer: Callable[..., Registered],
+    held: Spread | None,
+    offered: Spread | None,
+    moves: bool,
+) -> None:
+    offer(0.5, spread=held)
+    registered = offer(0.3, spread=offered)
+    assert holder(client) == ("2" if moves else "1")
+    worse = held is not None and offered is not None and offered.mean > held.mean
+    assert ("not beyond noise" in registered.message) == (not moves and not worse)
+    if moves:
+        offer(0.31, spread=offered)  # the tags say of the new holder what it was registered with
+        assert holder(client) == "2"
 
 
 def test_registering_again_adds_no_version_and_moves_nothing(

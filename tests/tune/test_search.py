@@ -29,6 +29,7 @@ from rum.tasks import CopyingConfig
 from rum.training.checkpoint import CheckpointStore
 from rum.training.config import TrainingConfig
 from rum.tune.cluster import concurrent
+from rum.tune.conducting import InterruptedSearchError
 from rum.tune.config import (
     ContinuedTrainingConfig,
     Domain,
@@ -41,7 +42,7 @@ from rum.tune.config import (
 from rum.tune.continuation import continue_best
 from rum.tune.database import open_storage
 from rum.tune.opening import define
-from rum.tune.search import InterruptedSearchError, run_search
+from rum.tune.search import run_search
 from rum.tune.space import apply
 from rum.tune.study import Study, ensure_study
 from rum.tune.study_folder import claim_folder, locked

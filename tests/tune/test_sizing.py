@@ -19,7 +19,7 @@ from rum.tune.limits import check_feasible, limits_of
 from rum.tune.prediction import Predictor
 from rum.tune.sizing import fitting
 from rum.tune.space import apply, check_space, distribution, suggest
-from rum.tune.study import Study, ensure_study
+from rum.tune.study import ORIGIN, Study, ensure_study
 
 BASE = ExperimentConfig(
     model=FSRUMConfig(
@@ -155,7 +155,7 @@ def test_a_study_that_is_opened_again_and_one_that_continues_it_have_the_same_si
     (frozen,) = open_study("first").trials()
     assert open_study("first").adopt(frozen).parameters == spec.parameters == frozen.params
     later = open_study("later")
-    later.enqueue(frozen.params, {"trial": 0})
+    later.enqueue(frozen.params, {ORIGIN: {"trial": 0}})
     assert later.ask().parameters == spec.parameters
     base = dataclasses.replace(BASE)
     assert parameter_count(apply(base, later.trials()[0].params).model, TASK) == count(

@@ -127,7 +127,7 @@ def test_an_enqueued_trial_comes_first_with_its_parameters_and_origin(tmp_path: 
         "training.schedule.name": "constant",
     }
     origin = {"study": "other", "trial": 3, "run_id": "r", "checkpoint": "/c"}
-    study.enqueue(parameters, origin)
+    study.enqueue(parameters, {ORIGIN: origin})
     spec = open_study(tmp_path).ask()
     assert (spec.number, spec.parameters, spec.origin) == (0, parameters, origin)
     assert open_study(tmp_path).trials()[0].user_attrs[ORIGIN] == origin
