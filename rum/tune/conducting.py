@@ -96,7 +96,12 @@ def conduct(
             "rum.command": config.command,
         },
         flatten(
-            {"search": config.search, "sampler": config.sampler, "scheduler": config.scheduler}
+            {
+                "search": config.search,
+                "sampler": config.sampler,
+                "scheduler": config.scheduler,
+                "warm_start": config.warm_start,
+            }
         ),
         study_id=study.id,
     )

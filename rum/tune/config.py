@@ -167,6 +167,27 @@ class SearchOptions:
 
 
 @dataclass(kw_only=True)
+class WarmStartConfig:
+    """Configurations that a new study trains first; what they lack is sampled."""
+
+    published: bool = True
+    """With experiment=<a published setting> that setting itself, where the space has it."""
+    csv: str | None = None
+    """A file with a configuration in each line, under a line of dotted names of options."""
+    study: str | None = None
+    """An earlier study in MLflow; its own space may be another."""
+    top: int = 5
+    """Of `study`: so many of its best trials."""
+    outside: str = "skip"
+    """Configurations outside of the space: "skip" them, or "clip" their numbers into it."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on an invalid value."""
+        check_at_least("warm_start.top", self.top, 1)
+        check_choice("warm_start.outside", self.outside, ("skip", "clip"))
+
+
+@dataclass(kw_only=True)
 class SearchConfig(ExperimentConfig, PublishedConfig):
     """Options of `pipelines/tune_*.py`: an experiment and what is searched around it."""
 
@@ -175,6 +196,7 @@ class SearchConfig(ExperimentConfig, PublishedConfig):
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     search: SearchOptions = field(default_factory=SearchOptions)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     study: str | None = None
     """Name of the study; null makes one from task, corpus and model."""

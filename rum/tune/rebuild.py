@@ -28,9 +28,9 @@ from rum.tune.tracking import (
     PARAMETERS_TAG,
     SEQUENCE_TAG,
     STUDY_ID_TAG,
-    STUDY_TAG,
     TARGET_TAG,
     read_text,
+    study_names_in,
     study_runs,
 )
 
@@ -77,8 +77,7 @@ def read_study(
     runs = list(study_runs(client, experiment_id, name))
     parents = {run.data.tags[STUDY_ID_TAG]: run for number, run in runs if number is None}
     if not parents:
-        known = client.search_runs([experiment_id], f"tags.`{TARGET_TAG}` != ''")
-        names = sorted({run.data.tags[STUDY_TAG] for run in known})
+        names = study_names_in(client, experiment_id)
         raise StudyError(
             f"resume=from_mlflow, but MLflow has no study {name!r}{nearest(name, names)}. Studies "
             f"in this experiment: {', '.join(names) or 'none'}. Give the options that it was "

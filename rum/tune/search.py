@@ -10,6 +10,7 @@ import torch
 from rum.errors import ConfigError
 from rum.experiment import check_device, model_sizes
 from rum.tasks import CharacterLMConfig, Task
+from rum.tune import warm_start
 from rum.tune.budget import check_budget, describe
 from rum.tune.cluster import check_ray_address, concurrent, resources
 from rum.tune.conducting import conduct
@@ -48,7 +49,9 @@ def run_search(config: SearchConfig) -> str:
     task = config.task.load(seed=config.training.seed, data_dir=data_folder(config.data_dir))
     output_dir = output_folder(config.output_dir)
     config = check_machine(config, task, output_dir)
+    first = warm_start.given(config)
     if config.dry_run:
+        warm_start.inside(first, config)
         return "Dry run: nothing was started."
 
     folders = output_dir / "studies"
@@ -68,6 +71,9 @@ def run_search(config: SearchConfig) -> str:
         study = Study(storage, name, config.space, config.sampler, fit)
         check_definition(study, definition)
         claim_folder(folders / name, study.id)
+        if study.target == 0 or config.resume == "from_mlflow":
+            first += warm_start.of_study(config, task, client, experiment_id)
+            warm_start.queue(study, warm_start.inside(first, config))
         say(set_target(study, config))
         config = dataclasses.replace(config, study=name)
         outcome = conduct(config, study, task, client, experiment_id)

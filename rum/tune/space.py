@@ -164,7 +164,7 @@ def suggest(trial: optuna.Trial, space: Space, fit: Fit | None = None) -> dict[s
     """
     values: dict[str, Any] = {}
     for name, domain in space.items():
-        if domain.parameters is not None or not _applies(domain, values):
+        if domain.parameters is not None or not applies(domain, values):
             continue
         if domain.choices is not None:
             values[name] = trial.suggest_categorical(name, domain.choices)
@@ -204,7 +204,7 @@ def _solved(space: Space, values: Mapping[str, Any], fit: Fit | None) -> dict[st
     return solved
 
 
-def _applies(domain: Domain, values: Mapping[str, Any]) -> bool:
+def applies(domain: Domain, values: Mapping[str, Any]) -> bool:
     """Whether an option is searched beside these values of those above it."""
     return all(
         key in values and values[key] in _alternatives(wanted)
@@ -235,7 +235,7 @@ def extreme(
     values: dict[str, Any] = {}
     for name, domain in space.items():
         costs: list[tuple[float, Any]] = []
-        is_free = domain.parameters is None and _applies(domain, values)
+        is_free = domain.parameters is None and applies(domain, values)
         for value in _extremes(domain) if is_free else []:
             try:
                 costs.append((cost(apply(base, {**values, name: value})), value))
@@ -264,10 +264,10 @@ def check_values(values: Mapping[str, Any], space: Space) -> dict[str, Any]:
             wrong.append(f"{name} is not searched{nearest(name, space)}")
         elif domain.parameters is not None:
             wrong.append(f"{name} is solved for {domain.parameters:,} parameters")
-        elif not _applies(domain, values):
+        elif not applies(domain, values):
             wrong.append(f"{name} is searched only when {domain.when}: give these, too")
-        elif not (same := _same(domain, value)):
-            wrong.append(f"{name} must be {_described(domain)}, got {value!r}")
+        elif not (same := same_value(domain, value)):
+            wrong.append(f"{name} must be {described(domain)}, got {value!r}")
         else:
             checked[name] = same[0]
     if wrong:
@@ -275,7 +275,7 @@ def check_values(values: Mapping[str, Any], space: Space) -> dict[str, Any]:
     return checked
 
 
-def _same(domain: Domain, value: Any) -> list[Any]:
+def same_value(domain: Domain, value: Any) -> list[Any]:
     """The value of a domain that equals `value`; none if it has none."""
     if domain.choices is not None:
         is_bool = isinstance(value, bool)
@@ -289,7 +289,8 @@ def _same(domain: Domain, value: Any) -> list[Any]:
     return [type(low)(value)] if low <= value <= high and is_on_grid else []
 
 
-def _described(domain: Domain) -> str:
+def described(domain: Domain) -> str:
+    """The values of a domain, for people."""
     if domain.choices is not None:
         return f"one of {domain.choices}"
     low, high = _extremes(domain)

@@ -31,6 +31,8 @@ RESUMED = "rum.resumed"
 INFEASIBLE = "infeasible"
 """How the reason of a candidate beyond a limit begins."""
 ORIGIN = "rum.origin"
+WARM_START = "rum.warm_start"
+"""Of a trial that was queued before the first: where its configuration comes from."""
 FINALIST = "rum.finalist"
 """Of a trial that is trained under another seed: the trial of a search that it repeats."""
 

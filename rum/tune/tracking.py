@@ -397,6 +397,12 @@ def study_runs(
             return
 
 
+def study_names_in(client: MlflowClient, experiment_id: str) -> list[str]:
+    """The studies of an MLflow experiment."""
+    known = client.search_runs([experiment_id], f"tags.`{TARGET_TAG}` != ''")
+    return sorted({run.data.tags[STUDY_TAG] for run in known})
+
+
 def read_text(client: MlflowClient, run_id: str, file: str) -> str:
     """A text artifact of a run.
 

@@ -25,6 +25,7 @@ from rum.tune.study import (
     ORIGIN,
     REASON,
     RUNG,
+    WARM_START,
     Study,
     TrialSpec,
     is_infeasible,
@@ -113,6 +114,8 @@ class TrialRuns:
         trial = self._study.trial(number)
         for key, value in trial.user_attrs.get(FINALIST, {}).items():
             tags[f"rum.finalist_{key}"] = str(value)
+        if WARM_START in trial.user_attrs:
+            tags["rum.warm_start"] = trial.user_attrs[WARM_START]
         tags |= {
             PARAMETERS_TAG: json.dumps(parameters),
             ATTRIBUTES_TAG: self._attributes(number),
