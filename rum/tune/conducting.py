@@ -21,7 +21,7 @@ from rum.training.checkpoint import CheckpointStore
 from rum.tune.budget import Budget, first_epochs
 from rum.tune.cluster import concurrent, resources, running_ray
 from rum.tune.conductor import Conductor
-from rum.tune.config import SearchConfig, data_folder, output_folder
+from rum.tune.config import TRAINING_SECONDS, SearchConfig, data_folder, output_folder
 from rum.tune.forecast import calibrate
 from rum.tune.limits import limits_of
 from rum.tune.messages import Workplace
@@ -132,6 +132,7 @@ def conduct(
                 limits,
                 budget,
                 config.search.max_failures,
+                notes_seconds=TRAINING_SECONDS in config.search.objectives,
             )
             obey(Orders(folder), study, conductor)
             if not conductor.is_done:

@@ -20,6 +20,7 @@ from rum.tune import messages
 from rum.tune.budget import Budget
 from rum.tune.limits import Limits
 from rum.tune.messages import Workplace
+from rum.tune.pareto import training_seconds
 from rum.tune.progress import describe
 from rum.tune.schedulers import Population, Scheduler, Verdict
 from rum.tune.space import apply
@@ -30,6 +31,7 @@ from rum.tune.study import (
     REASON,
     RESUMED,
     RUNG,
+    SECONDS,
     STOPPED,
     Study,
     TrialSpec,
@@ -58,6 +60,8 @@ class Conductor:
         limits: Limits | None = None,
         budget: Budget | None = None,
         max_failures: int = 0,
+        *,
+        notes_seconds: bool = False,
     ) -> None:
         """Takes over a study: what an earlier driver left open is queued first.
 
@@ -70,6 +74,7 @@ class Conductor:
             workplace: Where the trials' checkpoints are.
             limits: What a candidate may take; None admits all.
             budget: What all trials together may use; None is no end.
+            notes_seconds: Whether the sampler is to know how long the trials trained.
             max_failures: Times that a trial whose process died before it ran starts again.
         """
         self._study = study
@@ -83,6 +88,7 @@ class Conductor:
         self._limits = limits
         self._budget = budget
         self._max_failures = max_failures
+        self._notes_seconds = notes_seconds
         self._is_stopping = False
         self._refused_in_a_row = 0
         self._last_epoch: dict[int, int] = {}
@@ -309,6 +315,7 @@ class Conductor:
             self._study.report(number, epoch, value)
             self.runs.report(number, report)
             if verdict is Verdict.PAUSE:
+                self._note_seconds(number)
                 del self._running[number]
                 self._paused[number] = epoch
                 self.runs.pause(number, epoch)
@@ -362,6 +369,7 @@ class Conductor:
         value: float | None = None,
         worker: dict[str, Any] | None = None,
     ) -> None:
+        self._note_seconds(number)
         if reason is not None:
             self._study.note(number, REASON, reason)
         self._study.finish(number, state, value)
@@ -369,6 +377,10 @@ class Conductor:
         best = self.best
         if best is not None and best.value is not None:
             self.runs.record_best(best.value, self.num_ended)
+
+    def _note_seconds(self, number: int) -> None:
+        if self._notes_seconds:
+            self._study.note(number, SECONDS, training_seconds(self._workplace, number))
 
     # What is ordered from outside
 

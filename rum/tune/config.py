@@ -13,6 +13,8 @@ from rum.train import TrackingConfig
 SAMPLERS = ("random", "tpe", "cmaes", "gp", "qmc", "nsga2")
 SCHEDULERS = ("none", "asha", "promotion", "hyperband", "median", "pbt")
 AUTO = "auto"
+METRIC, PARAMETERS, TRAINING_SECONDS = "metric", "parameters", "training_seconds"
+OBJECTIVES = ([METRIC], [METRIC, PARAMETERS], [METRIC, TRAINING_SECONDS])
 
 
 @dataclass(kw_only=True)
@@ -114,6 +116,10 @@ class SearchOptions:
     """The same in hours while a driver runs, over all of them."""
     max_gpu_hours: float | None = None
     """The same in hours of GPUs: share x time, summed over trials."""
+    objectives: list[str] = field(default_factory=lambda: [METRIC])
+    """What the sampler improves: [metric], [metric, parameters] (of the model) or
+    [metric, training_seconds]. With two it looks for the whole Pareto front; the scheduler and the
+    choice of the best trial go by the metric."""
     seeds: int = 1
     """Above 1: when the search is through, its best trials are trained anew to the end under so
     many other seeds (training.seed + 1 and on), ranked by their mean, and the best is registered;
@@ -135,6 +141,16 @@ class SearchOptions:
         share = self.gpus_per_trial
         if share != AUTO and (isinstance(share, str) or not 0.0 <= share):
             raise ConfigError(f"search.gpus_per_trial must be >= 0 or {AUTO!r}, got {share!r}")
+        if list(self.objectives) not in OBJECTIVES:
+            raise ConfigError(
+                f"search.objectives must be one of {', '.join(map(_listed, OBJECTIVES))}, got "
+                f"{_listed(self.objectives)}"
+            )
+        if self.deterministic and TRAINING_SECONDS in self.objectives:
+            raise ConfigError(
+                f"search.objectives={_listed(self.objectives)} cannot go with "
+                "search.deterministic=true: no two runs take the same time"
+            )
         check_at_least("search.seeds", self.seeds, 1)
         check_at_least("search.finalists", self.finalists, 1)
         check_at_least("search.max_failures", self.max_failures, 0)
@@ -164,6 +180,10 @@ class SearchOptions:
                     f"search.{name} cannot go with search.deterministic=true: how far a search "
                     "gets would depend on how fast it is; give search.max_trial_epochs"
                 )
+
+
+def _listed(names: list[str]) -> str:
+    return f"[{','.join(map(str, names))}]"
 
 
 @dataclass(kw_only=True)
@@ -228,6 +248,15 @@ class SearchConfig(ExperimentConfig, PublishedConfig):
                 "scheduler=pbt copies the checkpoints that are there, which depends on how fast "
                 "the workers are: it does not go with search.deterministic=true"
             )
+        if len(self.search.objectives) > 1:
+            objectives = f"search.objectives={_listed(self.search.objectives)}"
+            if self.sampler.name in ("cmaes", "CmaEsSampler"):
+                raise ConfigError(f"{objectives}: sampler=cmaes knows one objective only")
+            if self.scheduler.name == "pbt":
+                raise ConfigError(
+                    f"{objectives} does not go with scheduler=pbt, which samples nothing: it "
+                    "improves the metric of its members"
+                )
         if self.tracking.name != "mlflow":
             raise ConfigError(
                 f"a search is recorded: tracking must be mlflow, got {self.tracking.name}"
@@ -270,6 +299,11 @@ class ResumeConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""
         check_at_least("top", self.top, 1)
+        if len(self.search.objectives) > 1:
+            raise ConfigError(
+                f"search.objectives={_listed(self.search.objectives)} is for searches: here "
+                "nothing is sampled"
+            )
         if self.search.seeds != 1:
             raise ConfigError(
                 f"search.seeds={self.search.seeds} is for searches: continued trials keep theirs"

@@ -30,6 +30,8 @@ def define(config: SearchConfig, task: Task) -> dict[str, Any]:
         "data_checksum": task.checksum,
         "mode": task.mode,
     }
+    if len(config.search.objectives) > 1:
+        definition["objectives"] = list(config.search.objectives)
     if config.search.deterministic:
         definition["workers"] = config.search.max_concurrent
     return definition

@@ -84,7 +84,7 @@ def fronts(study: Study, base: ExperimentConfig, task: Task, workplace: Workplac
     sizes = {t.number: parameter_count(apply(base, t.params).model, task) for t in ranked}
     costs: dict[str, Callable[[int], float | None]] = {
         "parameters": sizes.get,
-        "training_seconds": lambda number: _training_seconds(workplace, number),
+        "training_seconds": lambda number: training_seconds(workplace, number),
     }
     found = []
     for name, cost in costs.items():
@@ -110,7 +110,8 @@ def _front(points: Mapping[int, Point], task: Task, cost: str) -> Front:
     )
 
 
-def _training_seconds(workplace: Workplace, number: int) -> float | None:
+def training_seconds(workplace: Workplace, number: int) -> float | None:
+    """Seconds that a trial and what it continues have trained; None without a checkpoint."""
     try:
         last = CheckpointStore(workplace.trial_folder(number)).last()
     except CheckpointError:

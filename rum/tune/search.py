@@ -19,6 +19,7 @@ from rum.tune.database import open_storage
 from rum.tune.finalists import check_finalists, describe_finalists, rank_finalists
 from rum.tune.forecast import check_disk, forecast
 from rum.tune.limits import check_feasible, limits_of, with_share
+from rum.tune.objectives import cost_of
 from rum.tune.opening import choose_name, default_name, define, set_target
 from rum.tune.prediction import Predictor
 from rum.tune.rebuild import read_study, rebuild
@@ -68,7 +69,8 @@ def run_search(config: SearchConfig) -> str:
             say(rebuild(storage, recorded))
         ensure_study(storage, name, definition)
         fit = fitting(config, model_sizes(task))
-        study = Study(storage, name, config.space, config.sampler, fit)
+        cost = cost_of(config, task)
+        study = Study(storage, name, config.space, config.sampler, fit, cost)
         check_definition(study, definition)
         claim_folder(folders / name, study.id)
         if study.target == 0 or config.resume == "from_mlflow":

@@ -1,10 +1,9 @@
 """A study: Optuna's record of trials, with the operations that a search needs."""
 
-import copy
 import dataclasses
 import uuid
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rum.errors import StudyError
 from rum.tune.config import SamplerConfig
+from rum.tune.sampler_view import Cost, SamplerView
 from rum.tune.samplers import build_sampler
 from rum.tune.space import Fit, Space, differences, suggest
 
@@ -40,6 +40,8 @@ STOPPED = "rum.stopped"
 """That a running trial is to end at its next report."""
 BY_HAND = "stopped by hand"
 """The reason of a trial that was stopped from outside."""
+SECONDS = "rum.training_seconds"
+"""Of a trial that ended or waits, where they are an objective: seconds that it trained."""
 ORDER = "rum.order"
 """Id of the order from outside that queued a trial."""
 COMMAND = "rum.command"
@@ -70,15 +72,25 @@ class Study:
         space: Space,
         sampler: SamplerConfig,
         fit: Fit | None = None,
+        cost: Cost | None = None,
     ) -> None:
-        """Opens the study, which must exist; `fit` as `rum.tune.space.suggest` has it."""
+        """Opens the study, which must exist.
+
+        Args:
+            storage: Where it is.
+            name: Of the study.
+            space: What is searched.
+            sampler: Which, and its seed.
+            fit: As `rum.tune.space.suggest` has it.
+            cost: What the sampler is to keep low beside the metric.
+        """
         self._fit = fit
         self.name = name
         self._space = space
         self._sampler = sampler
         shared = optuna.storages.get_storage(storage)
         self._study = optuna.load_study(study_name=name, storage=shared)
-        view = cast(optuna.storages.BaseStorage, _PausedAsPruned(shared))
+        view = cast(optuna.storages.BaseStorage, SamplerView(shared, _has_paused, is_sound, cost))
         self._sampled = optuna.load_study(study_name=name, storage=view)
         self._open: dict[int, optuna.Trial] = {}
 
@@ -200,7 +212,8 @@ class Study:
 
     def report(self, number: int, epoch: int, value: float) -> None:
         """Records the running best of a trial after an epoch."""
-        self._open[number].report(value, epoch)
+        trial_id = self._open[number]._trial_id  # a Trial refuses where there is a cost, too
+        self._study._storage.set_trial_intermediate_value(trial_id, epoch, value)
 
     def note(self, number: int, key: str, value: Any) -> None:
         """Records something about a trial, for example why it ends."""
@@ -229,34 +242,6 @@ class Study:
         return sorted(trials, key=lambda t: t.value or 0.0, reverse=self.mode == "max")
 
 
-class _PausedAsPruned:
-    """A storage of Optuna's as samplers are to see it.
-
-    They learn nothing from trials that run, and a trial may be paused for most of a search: to
-    them it counts as stopped there, also while it goes on.
-    """
-
-    def __init__(self, storage: optuna.storages.BaseStorage) -> None:
-        self._storage = storage
-
-    def get_all_trials(
-        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
-    ) -> list[FrozenTrial]:
-        """As the storage's own."""
-        trials = self._storage.get_all_trials(study_id, deepcopy=deepcopy)
-        shown = []
-        for trial in trials:
-            if trial.state == TrialState.RUNNING and trial.user_attrs.get(PAUSED) is not None:
-                trial = copy.copy(trial)
-                trial.state = TrialState.PRUNED
-            if states is None or trial.state in states:
-                shown.append(trial)
-        return shown
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._storage, name)
-
-
 def queued_parameters(trial: FrozenTrial) -> dict[str, Any] | None:
     """What a trial was queued with; None for one that was sampled."""
     given: dict[str, Any] | None = trial.system_attrs.get("fixed_params")
@@ -271,6 +256,10 @@ def is_paused(trial: FrozenTrial) -> bool:
         and epoch in trial.intermediate_values
         and epoch != trial.user_attrs.get(RESUMED)
     )
+
+
+def _has_paused(trial: FrozenTrial) -> bool:
+    return trial.user_attrs.get(PAUSED) is not None
 
 
 def is_infeasible(trial: FrozenTrial) -> bool:
