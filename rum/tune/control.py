@@ -219,11 +219,13 @@ def _deliver(order: Order, study: Study, folder: Path, seconds: float) -> bool:
     while any(each.id == order.id for each in orders.waiting()):
         try:
             with locked(folder, seconds=0.0):
+                study.read_again()
                 obey(orders, study)
         except LockedStudyError:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(LOOK_SECONDS)
+    study.read_again()
     return True
 
 

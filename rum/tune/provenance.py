@@ -7,6 +7,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def common_tags(task: Task, task_name: str) -> dict[str, str]:
     }
 
 
+@lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Versions of this package, of Python, and of what both run on."""
     packages = ("torch", "ray", "optuna", "mlflow", "hydra-core")

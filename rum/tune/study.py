@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rum.errors import StudyError
 from rum.tune.config import SamplerConfig
+from rum.tune.one_writer import OneWriterStorage
 from rum.tune.sampler_view import Cost, SamplerView
 from rum.tune.samplers import build_sampler
 from rum.tune.space import Fit, Space, differences, suggest
@@ -88,11 +89,16 @@ class Study:
         self.name = name
         self._space = space
         self._sampler = sampler
-        shared = optuna.storages.get_storage(storage)
-        self._study = optuna.load_study(study_name=name, storage=shared)
-        view = cast(optuna.storages.BaseStorage, SamplerView(shared, _has_paused, is_sound, cost))
+        self._own = OneWriterStorage(storage, storage.get_study_id_from_name(name))
+        own = cast(optuna.storages.BaseStorage, self._own)
+        view = cast(optuna.storages.BaseStorage, SamplerView(own, _has_paused, is_sound, cost))
+        self._study = optuna.load_study(study_name=name, storage=own)
         self._sampled = optuna.load_study(study_name=name, storage=view)
         self._open: dict[int, optuna.Trial] = {}
+
+    def read_again(self) -> None:
+        """Takes that another process may have written to it since it was opened."""
+        self._own.read_again()
 
     @property
     def mode(self) -> str:

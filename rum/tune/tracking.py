@@ -45,6 +45,7 @@ ATTRIBUTES_TAG = "rum.attributes"
 CONSTRAINTS_TAG = "rum.constraints"
 SEQUENCE_TAG = "rum.sampler_sequence"
 TARGET_TAG = "rum.target"
+METRICS_PER_REQUEST = 1000  # MLflow takes no more
 DEFINITION_FILE = "definition.json"
 
 # Status of a run: MLflow's own words.
@@ -141,8 +142,8 @@ def _experiment_id(client: MlflowClient, name: str, uri: str, output_dir: Path) 
 class Tracker:
     """Writes one study's runs: a parent, and a child for each trial.
 
-    Calls return at once; a thread writes in order. An error in it is raised by the next call of
-    `flush`.
+    Calls return at once; a thread writes in order, several epochs of a run in one request where
+    it has fallen behind. An error in it is raised by the next call of `flush`.
     """
 
     def __init__(
@@ -175,6 +176,7 @@ class Tracker:
         self._run_ids: dict[int | None, str] = {}
         self._logged: dict[str, set[int]] = {}
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._metrics: dict[str, list[Metric]] = {}  # by run, to be written next
         self._error: Exception | None = None
         self._existing = dict(study_runs(client, experiment_id, study, study_id))
         self.parent_id = self._open_run(None, study, {}, parameters)
@@ -232,13 +234,34 @@ class Tracker:
             if self._error is None:
                 try:
                     job()
+                    if self._queue.empty():
+                        self._write_metrics()
                 except Exception as error:  # noqa: BLE001  # raised by flush, in the driver
                     self._error = error
                     reason = _without_password(str(error))
                     logger.error("MLflow stopped taking records: %s", reason)
 
+    def _add_metrics(self, run_id: str, metrics: list[Metric]) -> None:
+        waiting = self._metrics.setdefault(run_id, [])
+        waiting += metrics
+        if len(waiting) >= METRICS_PER_REQUEST // 2:
+            self._write_metrics(run_id)
+
+    def _write_metrics(self, run_id: str | None = None) -> None:
+        """Writes the metrics of a run that wait, or all."""
+        for each in list(self._metrics) if run_id is None else [run_id]:
+            waiting = self._metrics.pop(each, [])
+            for first in range(0, len(waiting), METRICS_PER_REQUEST):
+                batch = waiting[first : first + METRICS_PER_REQUEST]
+                self.client.log_batch(each, metrics=batch)
+
     def _enqueue(self, job: Callable[[], None]) -> None:
         self._queue.put(job)
+
+    @property
+    def num_waiting(self) -> int:
+        """Records that are not written yet."""
+        return self._queue.qsize()
 
     def flush(self) -> None:
         """Waits until all is written.
@@ -247,7 +270,12 @@ class Tracker:
             TrackingError: If something could not be; resume=yes writes it again.
         """
         done = threading.Event()
-        self._queue.put(done.set)
+
+        def job() -> None:
+            self._write_metrics()
+            done.set()
+
+        self._queue.put(job)
         while not done.wait(0.1) and self._error is None and self._thread.is_alive():
             pass
         if self._error is not None:
@@ -259,7 +287,12 @@ class Tracker:
 
     def close(self, status: str) -> None:
         """Ends the parent run, waits for all records, and stops the thread."""
-        self._enqueue(lambda: self._set_status(self.parent_id, status))
+
+        def job() -> None:
+            self._write_metrics(self.parent_id)
+            self._set_status(self.parent_id, status)
+
+        self._enqueue(job)
         try:
             self.flush()
         finally:
@@ -307,9 +340,10 @@ class Tracker:
             run_id = self.run_id(number)
             if epoch in self._logged[run_id]:
                 return
-            metrics = [Metric(key, value, now, epoch) for key, value in values.items()]
-            self.client.log_batch(run_id, metrics=metrics)
             self._logged[run_id].add(epoch)
+            self._add_metrics(
+                run_id, [Metric(key, value, now, epoch) for key, value in values.items()]
+            )
 
         self._enqueue(job)
 
@@ -324,6 +358,7 @@ class Tracker:
 
         def job() -> None:
             run_id = self.run_id(number)
+            self._write_metrics(run_id)
             self.client.log_batch(run_id, tags=[RunTag(k, v[:5000]) for k, v in tags.items()])
             self._set_status(run_id, status, at)
 
@@ -337,7 +372,7 @@ class Tracker:
         """Writes numbers about the whole study to the parent run, by number of trials ended."""
         now = int(time.time() * 1000)
         points = [Metric(name, value, now, trials) for name, value in values.items()]
-        self._enqueue(lambda: self.client.log_batch(self.parent_id, metrics=points))
+        self._enqueue(lambda: self._add_metrics(self.parent_id, points))
 
     def log_text(self, text: str, file: str) -> None:
         """Writes an artifact of the parent run."""

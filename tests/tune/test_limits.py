@@ -411,6 +411,7 @@ def test_a_search_with_a_limit_end_to_end(
     assert "Calibrated" not in capsys.readouterr().err
 
     run_search(dataclasses.replace(config, search=SearchOptions(num_trials=1), resume="yes"))
+    study.read_again()
     assert len(study.ended()) == 4
     assert "Calibrated by 3 ended trials: memory x " in capsys.readouterr().err
 
