@@ -5,7 +5,8 @@ python benchmarks/search.py            all views and methods, ten seeds each; re
 The tables are those of `python benchmarks/learning_curves.py`. A search's workers each train one
 epoch in a unit of time; conductor, schedulers and Optuna's samplers are the platform's own.
 Sampled values are rounded to the table's grid. Ray Tune as shipped takes part with its own
-OptunaSearch and ASHAScheduler. Population-based training cannot be replayed: its curves depend on
+OptunaSearch and ASHAScheduler, and where it is installed (`pip install syne-tune`)
+Syne Tune with ASHA-CQR. Population-based training cannot be replayed: its curves depend on
 what was copied.
 """
 
@@ -13,6 +14,7 @@ import argparse
 import bisect
 import datetime
 import heapq
+import importlib.util
 import itertools
 import json
 import math
@@ -283,6 +285,50 @@ def ray_as_shipped(table: Recorded, seed: int) -> Iterator[tuple[int, Trial] | N
         yield 0, (parameters, tell)
 
 
+def syne_tune(table: Recorded, seed: int) -> Iterator[tuple[int, Trial] | None]:
+    """Syne Tune's ASHA with conformal quantile regression, on the raw metric."""
+    from syne_tune.backend.trial_status import Trial as SyneTrial
+    from syne_tune.config_space import choice, loguniform
+    from syne_tune.optimizer.baselines import ASHACQR
+
+    space = table.space()
+    domains = {  # choices by their text, since it takes none of different types
+        name: loguniform(d.low, d.high) if d.choices is None else choice(list(map(str, d.choices)))
+        for name, d in space.items()
+    }
+    scheduler = ASHACQR(
+        domains,
+        metric="value",
+        do_minimize=table.mode == "min",
+        time_attr="epoch",
+        max_t=table.max_epochs,
+        grace_period=1,
+        reduction_factor=3,
+        random_seed=seed,
+    )
+    for number in itertools.count():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            suggestion = scheduler.suggest()
+        trial = SyneTrial(number, suggestion.config, datetime.datetime.now())
+        scheduler.on_trial_add(trial)
+
+        def tell(epoch: int, value: float, trial: Any = trial) -> bool:
+            result = {"value": value, "epoch": epoch}
+            if epoch == table.max_epochs:
+                scheduler.on_trial_complete(trial, result)
+                return True
+            return bool(scheduler.on_trial_result(trial, result) == "STOP")
+
+        parameters = {
+            name: value
+            if space[name].choices is None
+            else next(each for each in space[name].choices or [] if str(each) == value)
+            for name, value in suggestion.config.items()
+        }
+        yield 0, (parameters, tell)
+
+
 def _scheduler(name: str, *, knows_plateau: bool = True) -> SchedulerConfig:
     return SchedulerConfig(name=name, plateau_band=0.1 if knows_plateau else None)
 
@@ -298,7 +344,11 @@ METHODS: dict[str, tuple[str, SchedulerConfig]] = {
     "TPE + HyperBand, plateau": ("tpe", _scheduler("hyperband")),
     "TPE + median": ("tpe", _scheduler("median")),
 }
-PEER = "Ray Tune as shipped"
+PEERS: dict[str, tuple[str, Callable[[Recorded, int], Iterator[tuple[int, Trial] | None]]]] = {
+    "Ray Tune as shipped": ("ray", ray_as_shipped),
+    "Syne Tune, ASHA-CQR": ("syne_tune", syne_tune),
+}
+"""Each with the package that it needs."""
 
 
 def lost_solvers(table: Recorded, study: Study, solved: float) -> tuple[int, int]:
@@ -318,8 +368,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--views", nargs="*", default=list(VIEWS))
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--methods", nargs="*", help="only these; the others' figures stay")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {"date": datetime.date.today().isoformat(), "views": {}}
+    peers = {
+        name: run for name, (package, run) in PEERS.items() if importlib.util.find_spec(package)
+    }
+    for name in PEERS.keys() - peers.keys():
+        print(f"{name}: not installed, left out")
+    results: dict[str, Any] = {"views": {}}
+    if arguments.methods:
+        results = json.loads(OUT.read_text())
+    results["date"] = datetime.date.today().isoformat()
     for name in arguments.views:
         table = load(name)
         task = TABLES[table.name].experiment.task.load(seed=0, data_dir=None)
@@ -337,12 +396,14 @@ def main() -> None:
         target += 0.01 * (task.plateau - target)
         print(f"\n{name}: optimum {optimum:.4f}, {FULL_TRIALS} random full trials {target:.4f}")
         rows: dict[str, Any] = {}
-        for method in (*METHODS, PEER):
+        if arguments.methods:
+            rows = results["views"][name]["methods"]
+        for method in arguments.methods or (*METHODS, *peers):
             courses = []
             for seed in range(arguments.seeds):
                 own = derive_seed("search", seed) % 2**31
-                if method == PEER:
-                    courses.append(replay(table, ray_as_shipped(table, own), full // 2))
+                if method in peers:
+                    courses.append(replay(table, peers[method](table, own), full // 2))
                     continue
                 trials, _ = platform(table, task, *METHODS[method], own, FULL_TRIALS)
                 courses.append(replay(table, trials, full // 2))
@@ -378,7 +439,7 @@ def main() -> None:
                 f"{sum(x < math.inf for x in reached)} of {len(reached)}"
             )
         results["views"][name] = {"optimum": optimum, "target": target, "methods": rows}
-        if task.plateau_metric is not None:
+        if task.plateau_metric is not None and not arguments.methods:
             rows["solvers"] = _solvers(table, task, arguments.seeds)
     OUT.write_text(json.dumps(results, indent=1))
 
