@@ -25,6 +25,7 @@ from rum.tune.budget import Budget, check_budget, describe, first_epochs
 from rum.tune.cluster import check_ray_address, concurrent, resources, running_ray
 from rum.tune.conductor import Conductor
 from rum.tune.config import SearchConfig, output_folder
+from rum.tune.crew_size import check_replicas, replicas
 from rum.tune.database import open_storage
 from rum.tune.forecast import calibrate, check_disk, forecast
 from rum.tune.limits import check_feasible, limits_of, with_share
@@ -113,6 +114,7 @@ def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> SearchC
         ConfigError: If it cannot run here, or nothing of the space is within its limits.
     """
     check_device(config.training.device)
+    check_replicas(config)
     if not config.dry_run:
         _check_writable(output_dir)
         check_ray_address()
@@ -214,7 +216,7 @@ def conduct(
             budget = Budget(
                 study,
                 config.search,
-                gpus_per_trial=resources(config)["GPU"],
+                gpus_per_trial=resources(config)["GPU"] / replicas(config),
                 first_epochs=first_epochs(config),
             )
             conductor = Conductor(
