@@ -19,7 +19,7 @@ from rum.plugins import load_plugins
 from rum.tasks import TASKS, Task, TaskConfig
 from rum.training.checkpoint import Checkpoint, CheckpointStore, load_state
 from rum.training.config import TrainingConfig
-from rum.training.loop import Progress, Report, Trainer
+from rum.training.loop import Progress, Report, Trainer, Turn, train
 
 WEIGHTLESS = ("zoneout", "zoneout_h", "zoneout_c", "eta", "dropout")
 """Options of models that change no weight's shape or meaning: they may change in mid-training."""
@@ -107,8 +107,58 @@ def run_experiment(
     random.seed(config.training.seed)
     torch.manual_seed(config.training.seed)
     model = build_model(config.model, model_sizes(task))
+    trainer = open_trainer(
+        config, task, folder, model, begin_from=begin_from, last_epoch=last_epoch
+    )
+
+    def decide(turn: Turn, lanes: list[Trainer]) -> list[Trainer]:
+        for _, error in turn.errors:
+            raise error
+        for _, each in turn.reports:
+            report(each)
+        return lanes
+
+    def count(lane: Trainer) -> None:
+        on_step((lane.step_in_epoch or task.steps_per_epoch), task.steps_per_epoch)
+
+    train([trainer], decide, on_step=count)
+    return trainer.progress
+
+
+def open_trainer(
+    config: ExperimentConfig,
+    task: Task,
+    folder: Path,
+    model: nn.Module,
+    *,
+    begin_from: Checkpoint | None = None,
+    last_epoch: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Trainer:
+    """Takes a run up where it stands.
+
+    Args:
+        config: What to train.
+        task: `config.task`, loaded.
+        folder: Where the run's checkpoints are and go.
+        model: `config.model`, built.
+        begin_from: Checkpoint of another run to go on from where `folder` has none.
+        last_epoch: Where to stop before `max_epochs`, which the schedule still goes by.
+        generator: Of the model's masks; None: torch's default generator.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged or does not fit.
+    """
     store = CheckpointStore(folder)
-    trainer = Trainer(model, task, config.training, store, describe(config, task))
+    trainer = Trainer(
+        model,
+        task,
+        config.training,
+        store,
+        describe(config, task),
+        last_epoch=last_epoch,
+        generator=generator,
+    )
     store.claim()
     checkpoint = store.last()
     if checkpoint is not None:
@@ -120,7 +170,7 @@ def run_experiment(
         # The origin keeps its reports and its best weights: here both begin afresh.
         origin = trainer.progress
         trainer.progress = Progress(step=origin.step, before=[*origin.before, *origin.reports])
-    return trainer.run(report, on_step, last_epoch)
+    return trainer
 
 
 def describe(config: ExperimentConfig, task: Task) -> dict[str, Any]:

@@ -93,15 +93,23 @@ class SequenceModel(nn.Module):
             Logits `(T, B, num_classes)`, with `answers_last` `(1, B, num_classes)`, and the new
             state.
         """
+        output, state = self.recurrent(self.encode(symbols), state)
+        return self.decode(output), state
+
+    def encode(self, symbols: Tensor) -> Tensor:
+        """Inputs of the recurrent layers, `(T, B, features)`, from symbols `(T, B)`."""
         if self.embedding is not None:
             input = self.embedding(symbols)
         else:
             input = F.one_hot(symbols, self.vocab_size).to(self.readout.weight.dtype)
-        output, state = self.recurrent(F.dropout(input, self.dropout, self.training), state)
+        return F.dropout(input, self.dropout, self.training)
+
+    def decode(self, output: Tensor) -> Tensor:
+        """Logits, as `forward` has them, from the recurrent layers' outputs `(T, B, N)`."""
         if self.answers_last:
             output = output[-1:]
         logits: Tensor = self.readout(F.dropout(output, self.dropout, self.training))
-        return logits, state
+        return logits
 
 
 def count_parameters(module: nn.Module) -> int:

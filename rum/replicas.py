@@ -1,14 +1,15 @@
 """Many small models at once: RUM layers of one shape side by side, for the price of about one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from rum.cells import RUMCell, State
-from rum.cells.base import bernoulli_mask, first_mask
+from rum.cells.base import first_mask
 from rum.cells.rum import unroll_replicas
-from rum.layers import RUM
+from rum.layers import RecurrentLayer
 
 
 class Replicas(nn.Module):
@@ -30,23 +31,27 @@ class Replicas(nn.Module):
     `(K, B, T, input_size)` with `batch_first`; state tensors `(K, num_layers, B, ...)`.
     """
 
-    def __init__(self, layers: Sequence[RUM], *, seeds: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, layers: Sequence[RecurrentLayer], *, seeds: Sequence[int] | None = None
+    ) -> None:
         """Puts layers side by side.
 
         Args:
-            layers: At least one.
+            layers: At least one, of RUM cells.
             seeds: One a layer: its masks (zoneout, dropout) come from a generator of its own, on
                 the device that the layer is on now, so that they do not depend on its neighbours;
                 None: all come from torch's default generator.
 
         Raises:
-            ValueError: If the layers differ in more than they may, or seeds are too few or many.
+            ValueError: If the layers differ in more than they may or have other cells, or seeds
+                are too few or many.
         """
         super().__init__()
         if not layers:
             raise ValueError("layers must be at least one, got none")
         if seeds is not None and len(seeds) != len(layers):
             raise ValueError(f"seeds must be one for each of {len(layers)} layers, got {seeds}")
+        _cell(layers[0], 0)
         self.layers = nn.ModuleList(layers[:1])
         for layer in layers[1:]:
             self._check(layer)
@@ -62,13 +67,13 @@ class Replicas(nn.Module):
         """K."""
         return len(self.layers)
 
-    def __getitem__(self, index: int) -> RUM:
+    def __getitem__(self, index: int) -> RecurrentLayer:
         """The layer at a place."""
         layer = self.layers[index]
-        assert isinstance(layer, RUM)
+        assert isinstance(layer, RecurrentLayer)
         return layer
 
-    def __setitem__(self, index: int, layer: RUM) -> None:
+    def __setitem__(self, index: int, layer: RecurrentLayer) -> None:
         """Gives a place to another layer.
 
         Raises:
@@ -136,16 +141,18 @@ class Replicas(nn.Module):
 
     def _drop(self, output: Tensor) -> Tensor:
         """Dropout between layers, with each layer's own probability."""
-        if not self.training or not any(self[lane].dropout for lane in range(len(self))):
+        layers = [self[lane] for lane in range(len(self))]
+        if not any(layer.dropout and layer.training for layer in layers):
             return output
-        scales = []
-        for lane, generator in enumerate(self.generators):
-            keep, values = 1 - self[lane].dropout, output[:, lane]
-            mask = bernoulli_mask(keep, *values.shape, like=values, generator=generator)
-            scales.append(mask / keep)
-        return output * torch.stack(scales, 1)
+        dropped = []
+        for lane, (layer, generator) in enumerate(zip(layers, self.generators, strict=True)):
+            with drawing_from(generator):
+                dropped.append(
+                    nn.functional.dropout(output[:, lane], layer.dropout, layer.training)
+                )
+        return torch.stack(dropped, 1)
 
-    def _check(self, layer: RUM) -> None:
+    def _check(self, layer: RecurrentLayer) -> None:
         expected, got = _shape(self[0]), _shape(layer)
         different = {name: got[name] for name in got if got[name] != expected[name]}
         if different:
@@ -153,9 +160,28 @@ class Replicas(nn.Module):
             raise ValueError(f"layers must be equal in {first}, got one with {different}")
 
 
-def _cell(layer: RUM, index: int) -> RUMCell:
+@contextmanager
+def drawing_from(generator: torch.Generator | None) -> Iterator[None]:
+    """Puts a generator in the place of torch's default one of its device; None changes nothing."""
+    if generator is None:
+        yield
+        return
+    default = torch.default_generator
+    if generator.device.type == "cuda":
+        default = torch.cuda.default_generators[generator.device.index or 0]
+    before = default.get_state()
+    default.set_state(generator.get_state())
+    try:
+        yield
+        generator.set_state(default.get_state())
+    finally:
+        default.set_state(before)
+
+
+def _cell(layer: RecurrentLayer, index: int) -> RUMCell:
     cell = layer.cells[index]
-    assert isinstance(cell, RUMCell)
+    if not isinstance(cell, RUMCell):
+        raise ValueError(f"layers must be of RUM cells, got {type(cell).__name__}")
     return cell
 
 
@@ -164,7 +190,7 @@ def _joined(states: Sequence[State]) -> State:
     return tuple(torch.stack(tensors) for tensors in zip(*states, strict=True))
 
 
-def _shape(layer: RUM) -> dict[str, object]:
+def _shape(layer: RecurrentLayer) -> dict[str, object]:
     """What replicas must have in common."""
     cell = _cell(layer, 0)
     return {

@@ -70,6 +70,7 @@ MAY_IMPORT = {
         "training",
         *LOW,
     },
+    "lanes.py": {"cells", "experiment", "models", "replicas", "tasks", "training", *LOW},
     "setting.py": {"checks"},
     "train.py": {"experiment", "setting", "tasks", "training", *LOW},
 }

@@ -256,7 +256,7 @@ def _sequence_backward(
             )
             _add_gradient(of_weight_hh, grad_pre[..., : 2 * size], states, options)
             _add_gradient(of_weight_ih, grad_pre, inputs, options)
-            of_bias += grad_pre.sum((0, 2))
+            _add_sums(of_bias, grad_pre)
             if wants_input:
                 grad_input[first:last] = _products(grad_pre, weight_ih.mT, options)
     return [grad_input, grad_state, of_weight_ih, of_bias, of_weight_hh, *of_norms]
@@ -373,9 +373,14 @@ def _project(
 def _products(values: Tensor, weight: Tensor, options: RecurrenceOptions) -> Tensor:
     """Values weight' in every replica: `(T, K, B, M)` by `(K, P, M)` to `(T, K, B, P)`."""
     dtype = options.product_dtype or values.dtype
-    if len(weight) == 1:
-        product = cpu.linear(values.flatten(0, 2).to(dtype), weight[0].to(dtype), None)
-        return product.view(*values.shape[:3], weight.shape[1]).to(values.dtype)
+    if len(weight) == 1 or values.device.type == "cpu":  # there each as it would be alone
+        shape = len(values), values.shape[2], weight.shape[1]
+        products = [
+            cpu.linear(of_replica.flatten(0, 1).to(dtype), each.to(dtype), None).view(shape)
+            for of_replica, each in zip(values.unbind(1), weight, strict=True)
+        ]
+        joined = products[0].unsqueeze(1) if len(products) == 1 else torch.stack(products, 1)
+        return joined.to(values.dtype)
     return (values.to(dtype) @ weight.to(dtype).mT).to(values.dtype)
 
 
@@ -391,3 +396,12 @@ def _add_gradient(total: Tensor, grad: Tensor, values: Tensor, options: Recurren
     else:
         grad, values = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (grad, values))
         total += grad.mT @ values
+
+
+def _add_sums(total: Tensor, grad: Tensor) -> None:
+    """Adds a gradient, summed over time and batch, to that of a bias in every replica."""
+    if len(total) > 1 and total.device.type == "cpu":  # each in the order that it has alone
+        for k, of_replica in enumerate(total):
+            of_replica += grad[:, k].flatten(0, 1).sum(0)
+    else:
+        total += grad.sum((0, 2))

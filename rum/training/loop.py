@@ -1,5 +1,8 @@
 """The training loop: epochs of updates, validation, checkpoints; resumed runs are bit-identical.
 
+One run is one lane of the loop; several take their updates in step, so that `forward` may compute
+them as one.
+
 All that a run depends on is in its checkpoint: model, optimiser, random states, position in the
 data, carried recurrent state, sums of the epoch under way, and the reports so far. The schedule
 is a function of the epoch and needs no state.
@@ -9,7 +12,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from rum.diagnostics import rum_statistics
-from rum.errors import CheckpointError, DivergedError
-from rum.tasks.base import Task, Totals
+from rum.errors import CheckpointError, DivergedError, RumError
+from rum.tasks.base import Task
 from rum.training.checkpoint import Checkpoint, CheckpointStore, load_state
 from rum.training.config import TrainingConfig
+from rum.training.evaluation import evaluate_all
+from rum.training.forward import Call, Forward, State, apart
 from rum.training.optim import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -49,7 +54,7 @@ class Progress:
 
 
 class Trainer:
-    """Trains one model on one task."""
+    """One model on one task: what a run has of its own, while `train` has the order of things."""
 
     def __init__(
         self,
@@ -58,6 +63,9 @@ class Trainer:
         config: TrainingConfig,
         store: CheckpointStore,
         description: dict[str, Any],
+        *,
+        last_epoch: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         """Prepares a fresh run; `restore` makes it go on from a checkpoint.
 
@@ -67,6 +75,8 @@ class Trainer:
             config: How to train.
             store: Where checkpoints go.
             description: Plain values to keep with every checkpoint.
+            last_epoch: Where to stop before `max_epochs`, which the schedule still goes by.
+            generator: Of masks, on the device; None: torch's default generator.
         """
         self.model = model.to(config.device)
         self.task = task
@@ -79,49 +89,30 @@ class Trainer:
         self._baselines = {
             f"baseline/{name}_{task.metric}": value for name, value in task.baselines().items()
         }
-        self._state: tuple[Tensor, ...] | None = None
+        epochs = config.max_epochs if last_epoch is None else last_epoch
+        self._total_steps = epochs * task.steps_per_epoch
+        self._generator = generator
+        self._seconds = 0.0
+        self._last_saved = time.monotonic()
+        self._state: State | None = None
         self._sums = self._zero_sums()
 
     def _zero_sums(self) -> Tensor:
         """Loss and gradient norm, summed over the updates of an epoch."""
         return torch.zeros(2, dtype=torch.float64, device=self.config.device)
 
-    def run(
-        self,
-        report: Callable[[Report], None],
-        on_step: Callable[[int, int], None] = lambda step, total: None,
-        last_epoch: int | None = None,
-    ) -> Progress:
-        """Trains until `max_epochs` epochs are done.
+    @property
+    def is_done(self) -> bool:
+        """Whether all epochs are done."""
+        return self.progress.step >= self._total_steps
 
-        Args:
-            report: Called after each epoch, when its checkpoint is on disk.
-            on_step: Called after each update with its number in the epoch and their count.
-            last_epoch: Where to stop before `max_epochs`, which the schedule still goes by.
+    @property
+    def step_in_epoch(self) -> int:
+        """Updates done in the epoch under way, 0 where it has not begun."""
+        return self.progress.step % self.task.steps_per_epoch
 
-        Raises:
-            DivergedError: If loss or gradient norm is not finite.
-        """
-        steps_per_epoch = self.task.steps_per_epoch
-        epochs = self.config.max_epochs if last_epoch is None else last_epoch
-        total_steps = epochs * steps_per_epoch
-        began = last_saved = time.monotonic()
-        while self.progress.step < total_steps:
-            self._update()
-            in_epoch = (self.progress.step - 1) % steps_per_epoch + 1
-            on_step(in_epoch, steps_per_epoch)
-            if in_epoch % FINITE_CHECK_INTERVAL == 0 or in_epoch == steps_per_epoch:
-                self._check_finite()
-            if in_epoch == steps_per_epoch:
-                report(self._finish_epoch(began))
-                began = last_saved = time.monotonic()
-            elif time.monotonic() - last_saved > self.config.checkpoint_seconds:
-                self._check_finite()
-                self._save()
-                last_saved = time.monotonic()
-        return self.progress
-
-    def _update(self) -> None:
+    def begin_update(self) -> tuple[Call, Tensor]:
+        """Sets the learning rate of the next update; returns its forward pass and its target."""
         config, step = self.config, self.progress.step
         learning_rate = config.learning_rate * config.schedule.factor(
             step, self.task.steps_per_epoch, config.max_epochs, self._validation_losses()
@@ -129,19 +120,24 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.model.train()
-        batch = self.task.training_batch(step)
-        logits, state = self.model(
-            batch.input.to(config.device), self._state if batch.carry_state else None
-        )
-        loss = self.task.loss(logits, batch.target.to(config.device))
         self.optimizer.zero_grad()
-        loss.backward()
-        limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
+        batch = self.task.training_batch(step)
+        state = self._state if batch.carry_state else None
+        call = Call(self.model, batch.input.to(config.device), state, self._generator)
+        return call, batch.target.to(config.device)
+
+    def end_update(self, loss: Tensor, state: State) -> None:
+        """Takes a step along the gradients, which are there, of `loss`."""
+        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.optimizer.step()
         self._state = tuple(tensor.detach() for tensor in state)
         self._sums += torch.stack((loss.detach(), norm)).double()
         self.progress.step += 1
+
+    def spend(self, seconds: float) -> None:
+        """Takes that an update took so long."""
+        self._seconds += seconds
 
     def _validation_losses(self) -> list[float]:
         """The selection metric of every epoch so far, negated where higher is better."""
@@ -152,19 +148,44 @@ class Trainer:
     def _all_reports(self) -> list[Report]:
         return [*self.progress.before, *self.progress.reports]
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
+        """Raises DivergedError if loss or gradient norm was not finite since the epoch began.
+
+        It looks now and then, and when an epoch is done.
+        """
+        in_epoch = self.step_in_epoch
+        if in_epoch % FINITE_CHECK_INTERVAL == 0:
+            self._check_sums()
+
+    def _check_sums(self) -> None:
         loss, norm = self._sums.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "gradient norm" if math.isfinite(loss) else "loss"
             raise DivergedError(f"{what} is not finite at update {self.progress.step}")
 
-    def _finish_epoch(self, began: float) -> Report:
+    def save_if_due(self) -> None:
+        """Writes a checkpoint within an epoch when the time has come.
+
+        Raises:
+            DivergedError: If loss or gradient norm was not finite.
+        """
+        if time.monotonic() - self._last_saved > self.config.checkpoint_seconds:
+            self._check_sums()
+            self._save()
+
+    def end_epoch(self, validation: dict[str, float], validation_seconds: float) -> Report:
+        """Makes the report of an epoch and writes the checkpoint.
+
+        Args:
+            validation: The task's metrics.
+            validation_seconds: What they took.
+
+        Raises:
+            DivergedError: If the metric is not finite.
+        """
         task, progress = self.task, self.progress
         epoch = progress.step // task.steps_per_epoch
         mean_loss, mean_norm = (self._sums / task.steps_per_epoch).tolist()
-        trained = time.monotonic()
-        validation = evaluate(self.model, task, "validation", self.config.device)
-        validated = time.monotonic()
         value = validation[task.metric]
         if not math.isfinite(value):
             raise DivergedError(f"validation {task.metric} is {value} after epoch {epoch}")
@@ -182,12 +203,13 @@ class Trainer:
             "train/gradient_norm": mean_norm,
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
             **{f"diagnostics/{name}": x for name, x in self._diagnostics().items()},
-            "time/training_seconds": trained - began,
-            "time/validation_seconds": validated - trained,
+            "time/training_seconds": self._seconds,
+            "time/validation_seconds": validation_seconds,
         }
         report |= self._breakthroughs(validation)
         progress.reports.append(report)
         self._sums = self._zero_sums()
+        self._seconds = 0.0
         self._save()
         return report
 
@@ -218,12 +240,9 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random": {
-                "python": random.getstate(),
-                "torch": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if self.config.device != "cpu" else [],
-            },
-            "recurrent_state": list(self._state or ()),
+            "random": self._random_state(),
+            # Of lanes these are parts of a tensor, which would be written whole.
+            "recurrent_state": [tensor.clone() for tensor in self._state or ()],
             "sums": self._sums,
         }
         self.store.save(
@@ -238,6 +257,32 @@ class Trainer:
                 **self.description,
             },
         )
+        self._last_saved = time.monotonic()
+
+    def _random_state(self) -> dict[str, Any]:
+        """As an ordinary run has it: of a lane with its own generator in the default's place."""
+        on_cpu = torch.get_rng_state()
+        on_cuda = torch.cuda.get_rng_state_all() if self.config.device != "cpu" else []
+        if self._generator is not None:
+            if self._generator.device.type == "cpu":
+                on_cpu = self._generator.get_state()
+            else:
+                on_cuda[_index(self._generator.device)] = self._generator.get_state()
+        return {"python": random.getstate(), "torch": on_cpu, "cuda": on_cuda}
+
+    def _set_random_state(self, state: dict[str, Any]) -> None:
+        on_cpu, on_cuda = state["torch"].cpu(), [each.cpu() for each in state["cuda"]]
+        if self._generator is not None:
+            device = self._generator.device
+            if device.type == "cpu":
+                self._generator.set_state(on_cpu)
+            elif on_cuda:
+                self._generator.set_state(on_cuda[_index(device)])
+            return
+        random.setstate(_as_tuple(state["python"]))
+        torch.set_rng_state(on_cpu)
+        if self.config.device != "cpu" and on_cuda:
+            torch.cuda.set_rng_state_all(on_cuda)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on from `checkpoint`.
@@ -264,10 +309,7 @@ class Trainer:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            random.setstate(_as_tuple(state["random"]["python"]))
-            torch.set_rng_state(state["random"]["torch"].cpu())
-            if self.config.device != "cpu" and state["random"]["cuda"]:
-                torch.cuda.set_rng_state_all([s.cpu() for s in state["random"]["cuda"]])
+            self._set_random_state(state["random"])
             self._state = tuple(state["recurrent_state"])
             self._sums = state["sums"]
             self.progress = Progress(
@@ -282,6 +324,10 @@ class Trainer:
         logger.info("resumed from %s", checkpoint.path)
 
 
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
@@ -292,58 +338,88 @@ def _as_tuple(value: Any) -> Any:
     return tuple(map(_as_tuple, value)) if isinstance(value, (list, tuple)) else value
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, task: Task, split: str, device: str, batch_size: int | None = None
-) -> dict[str, float]:
-    """Evaluates a model on all of a split: dropout off, zoneout as its expectation.
+@dataclass
+class Turn:
+    """What lanes came to at the same update."""
+
+    reports: list[tuple[Trainer, Report]] = field(default_factory=list)
+    """Of epochs that are done, their checkpoints on disk."""
+    errors: list[tuple[Trainer, RumError]] = field(default_factory=list)
+    """Of lanes that cannot go on: a loss that is not finite, a folder that another process has
+    taken over."""
+
+
+def train(
+    lanes: Sequence[Trainer],
+    decide: Callable[[Turn, list[Trainer]], Sequence[Trainer]],
+    *,
+    forward: Forward = apart,
+    on_step: Callable[[Trainer], None] = lambda lane: None,
+) -> None:
+    """Trains lanes, an update of each at a time, until none is left.
 
     Args:
-        model: Called as `logits, state = model(symbols, state)`.
-        task: Gives the batches and the metric.
-        split: "validation" or "test".
-        device: Where to compute.
-        batch_size: None takes the task's protocol.
-
-    Returns:
-        The task's metrics, by name; of each part of the data that the task names, its metric.
+        lanes: The first; those that are at their end are left out, here and later.
+        decide: Called with what lanes came to and with those that would go on; returns the lanes
+            that are trained from here on, some of them perhaps new.
+        forward: Computes their forward passes; with lanes that it can take together.
+        on_step: Called for each lane after each of its updates.
     """
-    was_training = model.training
-    model.eval()
-    sums = {"": _Sums(device)}
-    state = None
-    for batch in task.evaluation_batches(split, batch_size):
-        logits, state = model(batch.input.to(device), state if batch.carry_state else None)
-        for part in {"", batch.part}:
-            sums.setdefault(part, _Sums(device)).add(logits, batch.target.to(device), task)
-    model.train(was_training)
-    metrics = task.metrics(sums.pop("").totals())
-    for part, each in sums.items():
-        metrics[f"{task.metric}_{part}"] = task.metrics(each.totals())[task.metric]
-    return metrics
+    under_way = [lane for lane in lanes if not lane.is_done]
+    while under_way:
+        began = time.monotonic()
+        _update(under_way, forward)
+        for lane in under_way:
+            on_step(lane)
+        turn = Turn()
+        sound = _try(Trainer.check_finite, under_way, turn)
+        for lane in under_way:
+            lane.spend((time.monotonic() - began) / len(under_way))
+        at_end = [lane for lane in sound if not lane.step_in_epoch]
+        within = [lane for lane in sound if lane.step_in_epoch]
+        goes_on = [*_end_epochs(at_end, forward, turn), *_try(Trainer.save_if_due, within, turn)]
+        if turn.reports or turn.errors:
+            left = [lane for lane in under_way if lane in goes_on and not lane.is_done]
+            under_way = [lane for lane in decide(turn, left) if not lane.is_done]
 
 
-class _Sums:
-    """Totals under way, on the device: to read them after every batch would wait for it."""
+def _update(lanes: Sequence[Trainer], forward: Forward) -> None:
+    """One update of each lane; no parameter is shared, so each has its gradients of the sum."""
+    calls, targets = zip(*(lane.begin_update() for lane in lanes), strict=True)
+    results = forward(calls)
+    losses = [
+        lane.task.loss(logits, target)
+        for lane, (logits, _), target in zip(lanes, results, targets, strict=True)
+    ]
+    torch.stack(losses).sum().backward()
+    for lane, loss, (_, state) in zip(lanes, losses, results, strict=True):
+        lane.end_update(loss, state)
 
-    def __init__(self, device: str) -> None:
-        self._cross_entropy = torch.zeros((), dtype=torch.float64, device=device)
-        self._correct = torch.zeros(2, dtype=torch.long, device=device)  # of all, of the answers
-        self._count = self._answers = 0
 
-    def add(self, logits: Tensor, target: Tensor, task: Task) -> None:
-        losses = nn.functional.cross_entropy(
-            logits.flatten(0, 1), target.flatten(), reduction="sum"
-        )
-        self._cross_entropy += losses.double()
-        hits = logits.argmax(-1) == target
-        answer_hits = hits if task.answer_steps is None else hits[-task.answer_steps :]
-        self._correct += torch.stack((hits.sum(), answer_hits.sum()))
-        self._count += target.numel()
-        self._answers += answer_hits.numel()
+def _end_epochs(lanes: Sequence[Trainer], forward: Forward, turn: Turn) -> list[Trainer]:
+    """Validates lanes at the end of an epoch and makes their reports."""
+    if not lanes:
+        return []
+    began = time.monotonic()
+    device = lanes[0].config.device
+    models, tasks = [lane.model for lane in lanes], [lane.task for lane in lanes]
+    metrics = evaluate_all(models, tasks, "validation", device, forward=forward)
+    of_lane = dict(zip(lanes, metrics, strict=True))
+    seconds = (time.monotonic() - began) / len(lanes)
 
-    def totals(self) -> Totals:
-        correct, answers_correct = self._correct.tolist()
-        return Totals(
-            self._cross_entropy.item(), correct, self._count, answers_correct, self._answers
-        )
+    def end(lane: Trainer) -> None:
+        turn.reports.append((lane, lane.end_epoch(of_lane[lane], seconds)))
+
+    return _try(end, lanes, turn)
+
+
+def _try(action: Callable[[Trainer], None], lanes: Sequence[Trainer], turn: Turn) -> list[Trainer]:
+    """Does something to each lane; returns those that did not fail at it."""
+    sound = []
+    for lane in lanes:
+        try:
+            action(lane)
+            sound.append(lane)
+        except RumError as error:
+            turn.errors.append((lane, error))
+    return sound

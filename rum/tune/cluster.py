@@ -1,6 +1,7 @@
 """The machine or Ray cluster that a search runs on: what a trial takes of it, its life."""
 
 import logging
+import math
 import os
 import shutil
 import socket
@@ -15,6 +16,7 @@ import ray
 
 from rum.errors import ConfigError
 from rum.tune.config import SearchConfig
+from rum.tune.crew_size import replicas
 from rum.tune.terminal import say
 
 
@@ -27,7 +29,7 @@ def resources(config: SearchConfig) -> dict[str, float]:
 
 
 def concurrent(config: SearchConfig, machine: Mapping[str, float]) -> int:
-    """Trials at a time: as many as fit all resources of the machine or cluster.
+    """Processes at a time, each of a trial or a crew: as many as fit the machine or cluster.
 
     Raises:
         ConfigError: If not one does.
@@ -43,7 +45,7 @@ def concurrent(config: SearchConfig, machine: Mapping[str, float]) -> int:
         elif share > 0:  # each trial's part lies on one GPU
             fitting.append(there * int(1 / share))
     limit = config.search.max_concurrent
-    return min(fitting) if limit is None else min(*fitting, limit)
+    return min(fitting) if limit is None else min(*fitting, math.ceil(limit / replicas(config)))
 
 
 def check_ray_address() -> None:

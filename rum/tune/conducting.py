@@ -22,6 +22,7 @@ from rum.tune.budget import Budget, first_epochs
 from rum.tune.cluster import concurrent, resources, running_ray
 from rum.tune.conductor import Conductor
 from rum.tune.config import TRAINING_SECONDS, SearchConfig, data_folder, output_folder
+from rum.tune.crew_size import replicas
 from rum.tune.forecast import calibrate
 from rum.tune.limits import limits_of
 from rum.tune.messages import Workplace
@@ -119,7 +120,7 @@ def conduct(
             budget = Budget(
                 study,
                 config.search,
-                gpus_per_trial=resources(config)["GPU"],
+                gpus_per_trial=resources(config)["GPU"] / replicas(config),
                 first_epochs=first_epochs(config),
             )
             conductor = Conductor(

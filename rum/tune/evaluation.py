@@ -12,7 +12,7 @@ from rum.experiment import check_device, experiment_from_plain, load_model
 from rum.models import count_parameters
 from rum.tasks import CharacterLMConfig, Task
 from rum.training.checkpoint import Checkpoint, read_checkpoint
-from rum.training.loop import evaluate
+from rum.training.evaluation import evaluate
 from rum.tune.config import EvaluateConfig, output_folder
 
 TEST_TAG = "rum.test_evaluated_at"

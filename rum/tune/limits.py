@@ -8,6 +8,7 @@ import torch
 from rum.errors import ConfigError
 from rum.experiment import ExperimentConfig
 from rum.tune.config import AUTO, SearchConfig
+from rum.tune.crew_size import replicas
 from rum.tune.prediction import Predictor, allocatable, share_for
 from rum.tune.sizing import TOLERANCE
 from rum.tune.space import extreme
@@ -81,6 +82,7 @@ def with_share(config: SearchConfig, predictor: Predictor) -> SearchConfig:
         memory = float(predictor.predict(largest).memory_bytes)
         if config.search.max_memory_gigabytes is not None:
             memory = min(memory, config.search.max_memory_gigabytes * GIGABYTE)
+        memory *= replicas(config)
         # What does not fit at all is refused as infeasible when it comes up.
         share = share_for(memory, card_bytes(config.training.device)) or 1.0
         say(f"GPU: {share:.3g} of one for each trial; the largest needs {memory / 1e9:.2f} GB")
@@ -102,6 +104,7 @@ def limits_of(config: SearchConfig, predictor: Predictor) -> Limits:
     elif config.training.device.startswith("cuda"):
         share = float(options.gpus_per_trial) or 1.0
         memory = allocatable(min(1.0, share), card_bytes(config.training.device))
+        memory /= replicas(config)
     return Limits(predictor, options.max_parameters, memory, _budget(config))
 
 

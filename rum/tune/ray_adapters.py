@@ -13,6 +13,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from rum.tune.conductor import Conductor
+from rum.tune.crews import Crews
 from rum.tune.logical_order import LogicalOrder
 
 TERMINAL_SECONDS = 0.5
@@ -26,19 +27,11 @@ class _NotPickled:
         return {}
 
 
-class ConductedSearcher(_NotPickled, Searcher):
-    """Hands out the conductor's trials, under their number in the study."""
+class _Searcher(_NotPickled, Searcher):
+    """A searcher that is only asked what to run: all else is told to the scheduler."""
 
-    def __init__(self, conductor: Conductor | LogicalOrder) -> None:
+    def __init__(self) -> None:
         super().__init__(metric=None, mode=None)
-        self._conductor = conductor
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Opens the next trial; None makes Ray ask again later."""
-        spec = self._conductor.next_trial()
-        if spec is None:
-            return str(Searcher.FINISHED) if self._conductor.is_done else None
-        return {"number": spec.number, "parameters": spec.parameters, "origin": spec.origin}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -53,6 +46,36 @@ class ConductedSearcher(_NotPickled, Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: the study has it all."""
+
+
+class ConductedSearcher(_Searcher):
+    """Hands out the conductor's trials, under their number in the study."""
+
+    def __init__(self, conductor: Conductor | LogicalOrder) -> None:
+        super().__init__()
+        self._conductor = conductor
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Opens the next trial; None makes Ray ask again later."""
+        spec = self._conductor.next_trial()
+        if spec is None:
+            return str(Searcher.FINISHED) if self._conductor.is_done else None
+        return {"number": spec.number, "parameters": spec.parameters, "origin": spec.origin}
+
+
+class CrewSearcher(_Searcher):
+    """Hands out crews, whose trials stand in their rosters."""
+
+    def __init__(self, crews: Crews) -> None:
+        super().__init__()
+        self._crews = crews
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Opens the next crew; None makes Ray ask again later."""
+        crew = self._crews.open()
+        if crew is None:
+            return str(Searcher.FINISHED) if self._crews.is_done else None
+        return {"crew": crew}
 
 
 class ConductedScheduler(_NotPickled, FIFOScheduler):
@@ -97,6 +120,31 @@ class ConductedScheduler(_NotPickled, FIFOScheduler):
 
     def _is_current(self, trial: Trial) -> bool:
         return self._current[trial.config["number"]] == str(trial.trial_id)
+
+
+class CrewScheduler(_NotPickled, FIFOScheduler):
+    """Passes what a crew reports on; the answer goes into its roster."""
+
+    def __init__(self, crews: Crews) -> None:
+        super().__init__()
+        self._crews = crews
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Decides whether a crew goes on."""
+        reported = json.loads(result["messages"])
+        stop = self._crews.on_report(trial.config["crew"], result["report"], reported)
+        return str(TrialScheduler.STOP if stop else TrialScheduler.CONTINUE)
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """Takes that a crew's process died too often, or before it ran, where Ray gives up."""
+        lost = None if trial.should_recover() else "its process died"
+        self._crews.on_gone(trial.config["crew"], lost)
+
+    def on_trial_complete(
+        self, tune_controller: Any, trial: Trial, result: dict[str, Any]
+    ) -> None:
+        """Takes that a crew's process is through, which may hold trials still."""
+        self._crews.on_gone(trial.config["crew"])
 
 
 class ConductedStopper(_NotPickled, Stopper):

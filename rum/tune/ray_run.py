@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 
+from rum.experiment import ExperimentConfig
 from rum.tune.cluster import resources
 from rum.tune.conductor import Conductor
 from rum.tune.config import SearchConfig
+from rum.tune.crew_size import replicas
+from rum.tune.crew_trial import run_crew
+from rum.tune.crews import Crews
 from rum.tune.logical_order import LogicalOrder
 from rum.tune.messages import Workplace
 from rum.tune.orders import Orders, obey
@@ -17,6 +23,8 @@ from rum.tune.ray_adapters import (
     ConductedScheduler,
     ConductedSearcher,
     ConductedStopper,
+    CrewScheduler,
+    CrewSearcher,
     ProgressCallback,
     TurnCallback,
 )
@@ -26,6 +34,8 @@ from rum.tune.trial import run_trial
 
 def _trial_name(trial: Any) -> str:
     """Ray's own part tells apart the times that a trial was taken up."""
+    if "crew" in trial.config:
+        return f"crew_{trial.config['crew']}"
     return f"trial_{trial.config['number']:04d}_{trial.trial_id}"
 
 
@@ -35,6 +45,16 @@ def _order(config: SearchConfig, conductor: Conductor, study: Study) -> Conducto
     if not config.search.deterministic or workers is None:
         return conductor
     return LogicalOrder(conductor, study, workers)
+
+
+def _crews(
+    config: SearchConfig, conductor: Conductor, workplace: Workplace, concurrent: int
+) -> Crews:
+    base = ExperimentConfig(model=config.model, task=config.task, training=config.training)
+    lanes = replicas(config)
+    if config.search.max_concurrent is not None:  # of trials, in all crews
+        lanes = min(lanes, config.search.max_concurrent // concurrent)
+    return Crews(conductor, base, workplace, lanes=lanes, crews=concurrent)
 
 
 def run(
@@ -47,7 +67,7 @@ def run(
         conductor: Decides.
         study: The conductor's.
         workplace: Where the trials work.
-        concurrent: Trials at a time.
+        concurrent: Processes at a time.
     """
     orders = Orders(Path(workplace.folder))
 
@@ -56,8 +76,15 @@ def run(
         obey(orders, study, conductor)
 
     while not conductor.is_done:
-        order = _order(config, conductor, study)
-        _fit(config, conductor, order, workplace, concurrent, turn)
+        searcher: Searcher
+        scheduler: TrialScheduler
+        if replicas(config) == 1:
+            order = _order(config, conductor, study)
+            searcher, scheduler = ConductedSearcher(order), ConductedScheduler(order)
+        else:
+            crews = _crews(config, conductor, workplace, concurrent)
+            searcher, scheduler = CrewSearcher(crews), CrewScheduler(crews)
+        _fit(config, conductor, searcher, scheduler, workplace, concurrent, turn)
         if not conductor.is_done:
             return  # Ctrl-C
         turn()
@@ -66,21 +93,23 @@ def run(
 def _fit(
     config: SearchConfig,
     conductor: Conductor,
-    order: Conductor | LogicalOrder,
+    searcher: Searcher,
+    scheduler: TrialScheduler,
     workplace: Workplace,
     concurrent: int,
     turn: Callable[[], None],
 ) -> None:
+    run = run_trial if replicas(config) == 1 else run_crew
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, workplace=workplace), resources(config)
+        tune.with_parameters(run, workplace=workplace), resources(config)
     )
     scratch = Path(workplace.folder) / "ray"  # nothing in it is read again
     shutil.rmtree(scratch, ignore_errors=True)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=ConductedSearcher(order),
-            scheduler=ConductedScheduler(order),
+            search_alg=searcher,
+            scheduler=scheduler,
             num_samples=-1,  # until the searcher says that it has finished
             max_concurrent_trials=concurrent,
             reuse_actors=True,

@@ -15,6 +15,7 @@ from rum.tune.budget import check_budget, describe
 from rum.tune.cluster import check_ray_address, concurrent, resources
 from rum.tune.conducting import conduct
 from rum.tune.config import SearchConfig, data_folder, output_folder
+from rum.tune.crew_size import check_replicas
 from rum.tune.database import open_storage
 from rum.tune.finalists import check_finalists, describe_finalists, rank_finalists
 from rum.tune.forecast import check_disk, forecast
@@ -99,6 +100,7 @@ def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> SearchC
         ConfigError: If it cannot run here, or nothing of the space is within its limits.
     """
     check_device(config.training.device)
+    check_replicas(config)
     if not config.dry_run:
         _check_writable(output_dir)
         check_ray_address()

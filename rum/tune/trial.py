@@ -37,11 +37,11 @@ def run_trial(config: Mapping[str, Any], workplace: Workplace) -> None:
         workplace: The rest.
     """
     number = config["number"]
-    send = _Sender(number)
+    send = Sender(number)
     try:
         experiment = apply(experiment_from_plain(workplace.experiment), config["parameters"])
         if experiment.training.device.startswith("cuda"):
-            _limit_memory(experiment.training.device, workplace.gpus_per_trial)
+            limit_memory(experiment.training.device, workplace.gpus_per_trial)
         _train(experiment, workplace, config, send)
     except SupersededError:
         return  # the process that took over has the say
@@ -56,7 +56,7 @@ def _train(
     experiment: ExperimentConfig,
     workplace: Workplace,
     config: Mapping[str, Any],
-    send: "_Sender",
+    send: "Sender",
 ) -> None:
     folder = workplace.trial_folder(config["number"])
     last = CheckpointStore(folder).last()
@@ -65,14 +65,14 @@ def _train(
         send.epoch(report, experiment.training.max_epochs)
     run_experiment(
         experiment,
-        _load_task(repr(experiment.task), experiment, workplace.data_dir),
+        load_task(repr(experiment.task), experiment, workplace.data_dir),
         folder,
         lambda report: send.epoch(report, experiment.training.max_epochs),
         begin_from=read_checkpoint(Path(origin["checkpoint"])) if origin else None,
     )
 
 
-def _limit_memory(device: str, share: float) -> None:
+def limit_memory(device: str, share: float) -> None:
     """Keeps a trial to its share of a GPU, so that it fails by itself and not its neighbours."""
     torch.cuda.reset_peak_memory_stats(device)  # the process may have run another trial before
     if 0 < share < 1:
@@ -84,7 +84,7 @@ def _limit_memory(device: str, share: float) -> None:
 _tasks: dict[tuple[str, int, str | None], Task] = {}
 
 
-def _load_task(key: str, experiment: ExperimentConfig, data_dir: str | None) -> Task:
+def load_task(key: str, experiment: ExperimentConfig, data_dir: str | None) -> Task:
     """Loads a task once per process: actors are reused for many trials of a search."""
     seed = experiment.training.seed
     if (key, seed, data_dir) not in _tasks:
@@ -94,7 +94,7 @@ def _load_task(key: str, experiment: ExperimentConfig, data_dir: str | None) -> 
     return _tasks[key, seed, data_dir]
 
 
-class _Sender:
+class Sender:
     """Sends a trial's reports to the driver, with the state of this machine."""
 
     def __init__(self, number: int, report: Callable[..., None] = tune.report) -> None:
@@ -105,10 +105,12 @@ class _Sender:
         self._began = time.monotonic()
 
     def epoch(self, report: Report, max_epochs: int) -> None:
+        """Sends what the trial measured in an epoch."""
         status = FINISHED if report["epoch"] >= max_epochs else RUNNING
         self._send({"status": status, "report": {**report, **self._system()}})
 
     def end(self, status: str, reason: str) -> None:
+        """Sends the trial's last words."""
         self._send({"status": status, "reason": reason})
 
     def _send(self, message: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from rum.data.babi import FOLDER, Subtask, file_name, parse
 from rum.errors import ConfigError, DataError
 from rum.models import SequenceModel
 from rum.tasks import BabiConfig, BabiTask, Totals
-from rum.training.loop import evaluate
+from rum.training.evaluation import evaluate
 
 TRAIN = """\
 1 Bo is in A.

@@ -17,7 +17,7 @@ from rum.cells import LSTMConfig
 from rum.errors import ConfigError, DataError
 from rum.models import SequenceModel
 from rum.tasks import Batch, CharacterLMConfig, CharacterLMTask, Totals
-from rum.training.loop import evaluate
+from rum.training.evaluation import evaluate
 
 Numbers = NDArray[np.int64]
 
