@@ -96,7 +96,8 @@ class SearchOptions:
     gpus_per_trial: int | float | str = 0.0
     """Share of a GPU of a trial; with training.device=cuda 0 counts as 1. "auto": the smallest of
     1, 1/2, 1/3, 1/4, 1/6 and 1/8 in which the largest trial of the space fits, as predicted. A
-    trial cannot allocate more than a share below 1."""
+    trial cannot allocate more than a share below 1; one that runs out of memory goes on with the
+    next larger."""
     max_failures: int = 3
     """Times that a trial whose process died goes on from its last checkpoint."""
     replicas: int | str = 1

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune import PlacementGroupFactory
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
@@ -90,6 +91,16 @@ def run(
         turn()
 
 
+def resources_of(config: SearchConfig) -> Callable[[dict[str, Any]], PlacementGroupFactory]:
+    """What a trial or crew takes, from what the searcher handed out."""
+    shared = resources(config)
+
+    def of_trial(handed: dict[str, Any]) -> PlacementGroupFactory:
+        return PlacementGroupFactory([{**shared, "GPU": handed.get("gpus") or shared["GPU"]}])
+
+    return of_trial
+
+
 def _fit(
     config: SearchConfig,
     conductor: Conductor,
@@ -101,7 +112,7 @@ def _fit(
 ) -> None:
     run = run_trial if replicas(config) == 1 else run_crew
     trainable = tune.with_resources(
-        tune.with_parameters(run, workplace=workplace), resources(config)
+        tune.with_parameters(run, workplace=workplace), resources_of(config)
     )
     scratch = Path(workplace.folder) / "ray"  # nothing in it is read again
     shutil.rmtree(scratch, ignore_errors=True)
