@@ -441,7 +441,7 @@ def main() -> None:
         results["views"][name] = {"optimum": optimum, "target": target, "methods": rows}
         if task.plateau_metric is not None and not arguments.methods:
             rows["solvers"] = _solvers(table, task, arguments.seeds)
-    OUT.write_text(json.dumps(results, indent=1))
+        OUT.write_text(json.dumps(results, indent=1))
 
 
 def _solvers(table: Recorded, task: Task, seeds: int) -> dict[str, Any]:
