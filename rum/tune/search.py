@@ -25,7 +25,7 @@ from rum.tune.budget import Budget, check_budget, describe, first_epochs
 from rum.tune.cluster import check_ray_address, concurrent, resources, running_ray
 from rum.tune.conductor import Conductor
 from rum.tune.config import SearchConfig, output_folder
-from rum.tune.crew_size import check_replicas, replicas
+from rum.tune.crew_size import replicas, with_replicas
 from rum.tune.database import open_storage
 from rum.tune.forecast import calibrate, check_disk, forecast
 from rum.tune.limits import check_feasible, limits_of, with_share
@@ -108,13 +108,13 @@ def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> SearchC
     """Says what the search will cost.
 
     Returns:
-        The search with the share of a GPU that each trial gets as a number.
+        The search with replicas and the share of a GPU that each trial gets as numbers.
 
     Raises:
         ConfigError: If it cannot run here, or nothing of the space is within its limits.
     """
     check_device(config.training.device)
-    check_replicas(config)
+    config = with_replicas(config, task)
     if not config.dry_run:
         _check_writable(output_dir)
         check_ray_address()
