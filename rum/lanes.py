@@ -118,10 +118,11 @@ class SideBySide:
             states = tuple(map(torch.stack, zip(*map(_state, models, calls, inputs), strict=True)))
         outputs, after = self._replicas(torch.stack(inputs), states)
         results = []
-        for lane, (model, call) in enumerate(zip(models, calls, strict=True)):
+        # Not indexed lane by lane: each gradient would be one of all lanes, zeros but for one.
+        lanes = zip(models, calls, outputs.unbind(), zip(*after, strict=True), strict=True)
+        for model, call, output, state in lanes:
             with drawing_from(_generator(model, call)):
-                logits = model.decode(outputs[lane])
-            results.append((logits, tuple(tensor[lane] for tensor in after)))
+                results.append((model.decode(output), state))
         return results
 
 

@@ -127,8 +127,8 @@ class Replicas(nn.Module):
         ]
         if backend == "reference":
             lanes = [
-                cell.unroll_steps(input[:, lane], begun[lane], noises[lane])
-                for lane, cell in enumerate(cells)
+                cell.unroll_steps(values, begun[lane], noises[lane])
+                for lane, (cell, values) in enumerate(zip(cells, input.unbind(1), strict=True))
             ]
             outputs, after = zip(*lanes, strict=True)
             return torch.stack(outputs, 1), _joined(after)
@@ -145,11 +145,10 @@ class Replicas(nn.Module):
         if not any(layer.dropout and layer.training for layer in layers):
             return output
         dropped = []
-        for lane, (layer, generator) in enumerate(zip(layers, self.generators, strict=True)):
+        lanes = zip(layers, self.generators, output.unbind(1), strict=True)
+        for layer, generator, values in lanes:
             with drawing_from(generator):
-                dropped.append(
-                    nn.functional.dropout(output[:, lane], layer.dropout, layer.training)
-                )
+                dropped.append(nn.functional.dropout(values, layer.dropout, layer.training))
         return torch.stack(dropped, 1)
 
     def _check(self, layer: RecurrentLayer) -> None:

@@ -369,11 +369,12 @@ def unroll_replicas(
             unroll_replicas(
                 cells[part],
                 backend,
-                input[:, part],
+                inputs,
                 tuple(tensor[part] for tensor in state),
                 None if mask is None else mask[:, part],
             )
-            for part in lanes
+            # Not slices of the input: each gradient would be one of all, mostly zeros.
+            for part, inputs in zip(lanes, input.split(together, 1), strict=True)
         ]
         outputs = torch.cat([output for output, _ in results], 1)
         states = zip(*(after for _, after in results), strict=True)

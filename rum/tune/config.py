@@ -101,9 +101,9 @@ class SearchOptions:
     max_failures: int = 3
     """Times that a trial whose process died goes on from its last checkpoint."""
     replicas: int | str = 1
-    """So many trials of one shape train side by side in a process, which takes the CPUs and the
-    share of a GPU of one trial; of stacks of RUM cells. "auto": 16 where that was measured to pay
-    (on the CPU, no size of the space above 64), else 1."""
+    """So many trials of one shape train side by side in a process, which takes the CPU and the
+    share of a GPU of one trial; stacks of RUM cells only. "auto": 16 where that was measured to
+    pay (on the CPU, units x batch x steps at most 40,000), else 1."""
     deterministic: bool = False
     """Decide in an order that does not depend on how fast the workers are: the same study every
     time, also after interruptions. Needs max_concurrent; trials may train beyond their end."""

@@ -1,6 +1,5 @@
 """Trials side by side in one process, the driver's side and the process's, without Ray."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from rum.training.config import TrainingConfig
 from rum.tune import roster
 from rum.tune.cluster import concurrent
 from rum.tune.config import Domain, SearchConfig, SearchOptions
-from rum.tune.crew_size import check_replicas, replicas
+from rum.tune.crew_size import replicas, with_replicas
 from rum.tune.crew_trial import run_crew
 from rum.tune.crews import Crews
 from rum.tune.messages import FINISHED, RUNNING
@@ -295,46 +294,48 @@ def test_what_goes_wrong_for_all_ends_all_and_the_next_take_their_place(
         assert trial.user_attrs["rum.reason"].startswith("crashed: RuntimeError: out of memory")
 
 
-def search(replicas: int | str = 4, **changes: Any) -> SearchConfig:
-    options = {"model": RUMConfig(hidden_size=48), **changes}
+def search(replicas: int | str = 4, size: int = 48, **changes: Any) -> SearchConfig:
+    options = {"model": RUMConfig(hidden_size=size), **changes}
+    limits = options.pop("limits", {})
     return SearchConfig(
-        task=CopyingConfig(delay=3),
+        task=CopyingConfig(delay=30, batch_size=8),
         training=TrainingConfig(),
-        search=SearchOptions(replicas=replicas, max_concurrent=options.pop("most", None)),
+        search=SearchOptions(replicas=replicas, **limits),
         **options,
     )
 
 
+def number(config: SearchConfig) -> int:
+    return replicas(with_replicas(config, config.task.load(seed=0)))
+
+
 def test_auto_takes_replicas_where_they_pay() -> None:
-    sizes = {"model.hidden_size": Domain(type="int", low=16, high=64)}
-    larger = {"model.hidden_size": Domain(type="categorical", choices=[16, 128])}
-    assert replicas(search("auto")) == replicas(search("auto", space=sizes)) == 16
-    assert replicas(search("auto", space=larger)) == 1
-    assert replicas(search("auto", model=RUMConfig(hidden_size=65))) == 1
-    assert replicas(search("auto", model=LSTMConfig())) == 1
+    sizes = {"model.hidden_size": Domain(type="int", low=16, high=100)}
+    larger = {"model.hidden_size": Domain(type="categorical", choices=[16, 101])}
+    assert number(search("auto", size=100)) == number(search("auto", space=sizes)) == 16
+    assert number(search("auto", size=101)) == number(search("auto", space=larger)) == 1
+    assert number(search("auto", model=LSTMConfig())) == 1
+    assert number(search("auto", limits={"cpus_per_trial": 2})) == 1
+    assert number(search("auto", limits={"deterministic": True, "max_concurrent": 2})) == 1
     config = search("auto")
     config.training.device = "cuda"
-    assert replicas(config) == 1
-    assert replicas(search(4)) == 4
+    assert number(config) == 1
+    assert number(search(4, size=1000)) == 4
 
 
 def test_max_concurrent_counts_trials_of_all_crews() -> None:
     machine = {"CPU": 8, "GPU": 0}
-    assert [concurrent(search(4, most=n), machine) for n in (1, 4, 5, 100)] == [1, 1, 2, 8]
+    limits = ({"max_concurrent": most} for most in (1, 4, 5, 100))
+    assert [concurrent(search(4, limits=each), machine) for each in limits] == [1, 1, 2, 8]
 
 
 def test_replicas_of_what_cannot_be_one_are_refused() -> None:
-    config = search(4, model=LSTMConfig(hidden_size=48))
     with pytest.raises(ConfigError, match=r"search\.replicas is 4, but only stacks of RUM cells"):
-        check_replicas(config)
-    check_replicas(search("auto", model=LSTMConfig(hidden_size=48)))
+        number(search(4, model=LSTMConfig()))
+    with pytest.raises(ConfigError, match=r"search\.cpus_per_trial must be 1 then, got 2"):
+        number(search(4, limits={"cpus_per_trial": 2}))
     with pytest.raises(ConfigError, match=r"replicas cannot go with search\.deterministic=true"):
         SearchOptions(replicas=2, deterministic=True, max_concurrent=2)
     for wrong in (0, "many", 1.5):
         with pytest.raises(ConfigError, match=r"search\.replicas must be an integer >= 1"):
             SearchOptions(replicas=wrong)  # type: ignore[arg-type]
-
-
-def test_a_sampled_deterministic_search_keeps_one_process_a_trial() -> None:
-    options = SearchOptions(replicas="auto", deterministic=True, max_concurrent=2)
-    assert replicas(dataclasses.replace(search(), search=options)) == 1
