@@ -3,23 +3,27 @@
 python benchmarks/platform_cost.py [--postgres <URI of an empty database>]
 results in results/platform_cost.json; with a URI MLflow writes there, too
 
-Two measurements. (1) Real trials of one short epoch, one at a time on a reused actor: from the
-end of one to the end of the next, less the training and validation that it reports, is what Ray,
-Optuna, MLflow, the checkpoint and the hand-over cost together. (2) A study of 1,000 simulated
-trials (asha, TPE, 8 at a time, 9 epochs at most) through the real conductor, study and tracker,
-without Ray: reports come as fast as the driver takes them. CPU seconds of the driver's thread and
-of the thread that writes to MLflow, how far that one is behind at the end, and whether a trial
-costs more when there are many.
+(1) Real trials of one short epoch, one at a time on a reused actor: from the end of one to the
+end of the next, less the training and validation that it reports, is what Ray, Optuna, MLflow,
+the checkpoint and the hand-over cost together. (2) Simulated trials (TPE, 8 at a time) through
+the real conductor, study and tracker, without Ray. CPU seconds of the driver's thread and of the
+thread that writes to MLflow, how far that one is behind, and whether a trial costs more when there
+are many: 1,000 trials (asha, 9 epochs at most) with reports as fast as the driver takes them; the
+same with so many trials a second as a fast search has; 100 trials that train all of 90 epochs, for
+the cost of reports alone.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import random
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,8 @@ from rum.tune.tracking import Tracker, connect
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "platform_cost.json"
 EPOCHS, WORKERS = 9, 8
+LONG_EPOCHS = 90
+TRIALS_PER_SECOND = 4.0
 REAL_TRIALS, WARM_UP = 40, 10
 SPACE = {
     "training.learning_rate": Domain(type="float", low=1e-4, high=1e-2, log=True),
@@ -89,12 +95,32 @@ def real_trials() -> dict[str, float]:
     }
 
 
-def simulated_study(num_trials: int, uri: str | None) -> dict[str, float]:
-    """CPU seconds of a driver whose trials take no time."""
+@dataclass
+class Course:
+    """What was seen while the trials ran, in CPU seconds of the driver's thread."""
+
+    reports: int = 0
+    ends: list[float] = field(default_factory=lambda: [time.thread_time()])
+    """When each trial ended."""
+    going_on: list[float] = field(default_factory=list)
+    """What each report took after which its trial goes on."""
+    most_waiting: int = 0
+    """Records that MLflow had not taken yet, at most."""
+
+
+def simulated_study(
+    num_trials: int,
+    uri: str | None,
+    *,
+    epochs: int = EPOCHS,
+    milestones: Sequence[int] = (1, 3),
+    trials_per_second: float = math.inf,
+) -> dict[str, float]:
+    """CPU seconds of a driver whose trials take no time, or end at a rate."""
     base = ExperimentConfig(
         model=RUMConfig(hidden_size=8),
         task=CopyingConfig(delay=3, batch_size=8, steps_per_epoch=5),
-        training=TrainingConfig(max_epochs=EPOCHS),
+        training=TrainingConfig(max_epochs=epochs),
     )
     task = base.task.load(seed=0)
     with tempfile.TemporaryDirectory() as name:
@@ -115,25 +141,28 @@ def simulated_study(num_trials: int, uri: str | None) -> dict[str, float]:
             study_id=study.id,
         )
         workplace = Workplace(dataclasses.asdict(base), str(folder / "study"), None)
-        conductor = Conductor(study, base, task, Halving([1, 3], 3, "min"), tracker, workplace)
+        scheduler = Halving(list(milestones), 3, "min")
+        conductor = Conductor(study, base, task, scheduler, tracker, workplace)
         began, cpu = time.perf_counter(), time.thread_time()
         whole = time.process_time()
-        reports, ends, going_on = _drive(conductor, num_trials)
+        course = _drive(conductor, tracker, epochs, trials_per_second)
         driver, seconds = time.thread_time() - cpu, time.perf_counter() - began
         waiting = tracker.num_waiting
         flushing = time.perf_counter()
         tracker.close(STUDY_FINISHED)
         behind = time.perf_counter() - flushing
         both = time.process_time() - whole
-        tenth = num_trials // 10
+        ends, tenth = course.ends, num_trials // 10
     return {
         "trials": num_trials,
-        "reports": reports,
+        "reports": course.reports,
         "driver_cpu_seconds": round(driver, 1),
         "mlflow_thread_cpu_seconds": round(both - driver, 1),
         "driver_cpu_seconds_per_trial": round(driver / num_trials, 4),
-        "driver_cpu_seconds_per_250_reports": round(250 * statistics.median(going_on), 3),
+        "driver_cpu_seconds_per_250_reports": round(250 * statistics.median(course.going_on), 3),
+        "cpu_seconds_per_250_reports_of_all": round(250 * both / course.reports, 2),
         "seconds": round(seconds, 1),
+        "records_waiting_at_most": course.most_waiting,
         "records_waiting_at_the_end": waiting,
         "seconds_behind_at_the_end": round(behind, 1),
         "driver_cpu_per_trial_second_tenth": round((ends[2 * tenth] - ends[tenth]) / tenth, 4),
@@ -141,17 +170,14 @@ def simulated_study(num_trials: int, uri: str | None) -> dict[str, float]:
     }
 
 
-def _drive(conductor: Conductor, num_trials: int) -> tuple[int, list[float], list[float]]:
-    """Runs all trials.
-
-    Returns:
-        The number of reports, the CPU time after each trial, and that of each report after which
-        a trial goes on.
-    """
+def _drive(
+    conductor: Conductor, tracker: Tracker, epochs: int, trials_per_second: float
+) -> Course:
+    """Runs all trials, not faster than so many a second."""
     generator = random.Random(0)
     running: list[list[Any]] = []
-    reports, ends = 0, [time.thread_time()]
-    going_on: list[float] = []
+    course = Course()
+    began = time.perf_counter()
     while True:
         while len(running) < WORKERS:
             spec = conductor.next_trial()
@@ -160,7 +186,7 @@ def _drive(conductor: Conductor, num_trials: int) -> tuple[int, list[float], lis
             rate = spec.parameters["training.learning_rate"]
             running.append([spec.number, 0, 0.1 + abs(rate - 3e-3) * 100 + generator.random()])
         if not running:
-            return reports, ends, going_on
+            return course
         trial = generator.choice(running)
         trial[1] += 1
         value = trial[2] / trial[1]
@@ -178,15 +204,18 @@ def _drive(conductor: Conductor, num_trials: int) -> tuple[int, list[float], lis
             "system/cpu_percent": 100.0,
             "system/memory_megabytes": 500.0,
         }
-        status = FINISHED if trial[1] == EPOCHS else RUNNING
+        status = FINISHED if trial[1] == epochs else RUNNING
         message = {"number": trial[0], "status": status, "report": report, "worker": {"pid": 1}}
-        reports += 1
+        course.reports += 1
         before = time.thread_time()
         if conductor.on_message(message) or status == FINISHED:
             running.remove(trial)
-            ends.append(time.thread_time())
+            course.ends.append(time.thread_time())
+            course.most_waiting = max(course.most_waiting, tracker.num_waiting)
+            due = began + (len(course.ends) - 1) / trials_per_second
+            time.sleep(max(0.0, due - time.perf_counter()))
         else:
-            going_on.append(time.thread_time() - before)
+            course.going_on.append(time.thread_time() - before)
 
 
 def main() -> None:
@@ -194,19 +223,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--postgres", help="URI of an empty database for MLflow")
-    parser.add_argument("--skip-real", action="store_true", help="only the simulated studies")
+    parser.add_argument("--only", choices=["real", "simulated"], help="the others' figures stay")
     arguments = parser.parse_args()
-    found: dict[str, Any] = {"cpus": os.cpu_count()}
-    found["simulated, MLflow on SQLite"] = simulated_study(arguments.trials, None)
-    print(json.dumps(found, indent=1), flush=True)
-    if arguments.postgres:
-        measured = simulated_study(arguments.trials, arguments.postgres)
-        found["simulated, MLflow on PostgreSQL"] = measured
-        print(json.dumps(measured, indent=1), flush=True)
-    if not arguments.skip_real:
-        found["real trials"] = real_trials()
-        print(json.dumps(found["real trials"], indent=1))
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found["cpus"] = os.cpu_count()
+
+    def keep(name: str, figures: dict[str, float]) -> None:
+        found[name] = figures
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        print(name, json.dumps(figures, indent=1), flush=True)
+
+    stores = {"SQLite": None, "PostgreSQL": arguments.postgres}
+    if arguments.only != "real":
+        if arguments.postgres is None:
+            del stores["PostgreSQL"]
+            print("MLflow on PostgreSQL is left out: --postgres says no database")
+        for store, uri in stores.items():
+            every = simulated_study(arguments.trials, uri)
+            keep(f"simulated, MLflow on {store}", every)
+            paced = simulated_study(arguments.trials, uri, trials_per_second=TRIALS_PER_SECOND)
+            keep(f"simulated, {TRIALS_PER_SECOND:g} trials a second, MLflow on {store}", paced)
+            long = simulated_study(
+                max(10, arguments.trials // 10), uri, epochs=LONG_EPOCHS, milestones=()
+            )
+            keep(f"simulated, {LONG_EPOCHS} epochs each, MLflow on {store}", long)
+    if arguments.only != "simulated":
+        keep("real trials", real_trials())
 
 
 if __name__ == "__main__":

@@ -127,8 +127,8 @@ class Replicas(nn.Module):
         ]
         if backend == "reference":
             lanes = [
-                cell.unroll_steps(input[:, lane], begun[lane], noises[lane])
-                for lane, cell in enumerate(cells)
+                cell.unroll_steps(values, begun[lane], noises[lane])
+                for lane, (cell, values) in enumerate(zip(cells, input.unbind(1), strict=True))
             ]
             outputs, after = zip(*lanes, strict=True)
             return torch.stack(outputs, 1), _joined(after)
@@ -145,11 +145,10 @@ class Replicas(nn.Module):
         if not any(layer.dropout and layer.training for layer in layers):
             return output
         dropped = []
-        for lane, (layer, generator) in enumerate(zip(layers, self.generators, strict=True)):
+        lanes = zip(layers, self.generators, output.unbind(1), strict=True)
+        for layer, generator, values in lanes:
             with drawing_from(generator):
-                dropped.append(
-                    nn.functional.dropout(output[:, lane], layer.dropout, layer.training)
-                )
+                dropped.append(nn.functional.dropout(values, layer.dropout, layer.training))
         return torch.stack(dropped, 1)
 
     def _check(self, layer: RecurrentLayer) -> None:
@@ -192,16 +191,17 @@ def _joined(states: Sequence[State]) -> State:
 
 def _shape(layer: RecurrentLayer) -> dict[str, object]:
     """What replicas must have in common."""
-    cell = _cell(layer, 0)
+    cells = [_cell(layer, index) for index in range(layer.num_layers)]
+    cell = cells[0]
     return {
         "input_size": layer.input_size,
         "hidden_size": layer.hidden_size,
         "num_layers": layer.num_layers,
         "batch_first": layer.batch_first,
-        "lambda_": cell.lambda_,
+        "lambda_": [each.lambda_ for each in cells],
         "lambda_trainable": cell.lambda_trainable,
         "orthonormalize": cell.orthonormalize,
-        "has eta": cell.eta is not None,
+        "has eta": [each.eta is not None for each in cells],
         "layer_norm_gate": cell.layer_norm_gate,
         "embedding_bias": cell.embedding_bias is not None,
         "activation": cell.activation,

@@ -53,13 +53,17 @@ class Budget:
         self._at = self._kept_at = clock()
         study.set_attribute(BUDGET, {name: getattr(options, name) for name in OPTIONS})
 
-    def advance(self, running: int) -> None:
-        """Takes that time has passed since the last call, all of it with `running` trials."""
+    def advance(self, running: Collection[float | None]) -> None:
+        """Takes that time has passed since the last call, all of it with the same trials.
+
+        Args:
+            running: Of each trial its share of a GPU, None for the usual one.
+        """
         now = self._clock()
         passed, self._at = now - self._at, now
         self._spent["driver"] += passed
-        self._spent["trials"] += passed * running
-        self._spent["gpus"] += passed * running * self._share
+        self._spent["trials"] += passed * len(running)
+        self._spent["gpus"] += passed * sum(share or self._share for share in running)
         if now - self._kept_at >= KEPT_SECONDS:
             self.keep()
 

@@ -6,6 +6,7 @@ says what was decided. The running best goes to sampler and scheduler, the measu
 MLflow.
 """
 
+import dataclasses
 import time
 from collections import Counter
 from typing import Any
@@ -21,6 +22,7 @@ from rum.tune.budget import Budget
 from rum.tune.limits import Limits
 from rum.tune.messages import Workplace
 from rum.tune.pareto import training_seconds
+from rum.tune.prediction import larger_share
 from rum.tune.progress import describe
 from rum.tune.schedulers import Population, Scheduler, Verdict
 from rum.tune.space import apply
@@ -33,6 +35,7 @@ from rum.tune.study import (
     RESUMED,
     RUNG,
     SECONDS,
+    SHARE,
     STOPPED,
     Study,
     TrialSpec,
@@ -216,7 +219,7 @@ class Conductor:
     def advance(self) -> None:
         """Takes that time passes; to be called often."""
         if self._budget is not None:
-            self._budget.advance(len(self._running))
+            self._budget.advance([spec.gpus for spec in self._running.values()])
 
     def _taken_up(self, frozen: FrozenTrial) -> TrialSpec:
         """Opens a trial that has begun."""
@@ -298,6 +301,9 @@ class Conductor:
                 self._scheduler.forget(number)
             self._end(number, state, reason=message["reason"], worker=message["worker"])
             return True
+        if status == messages.OUT_OF_MEMORY:
+            self._give_more_memory(number, message)
+            return True
         report: Report = message["report"]
         epoch, value = int(report["epoch"]), report[self._key]
         if epoch > self._last_epoch[number]:
@@ -334,6 +340,18 @@ class Conductor:
         if end is not None:
             self._end(number, TrialState.PRUNED, reason=end, worker=message["worker"])
         return end is not None
+
+    def _give_more_memory(self, number: int, message: dict[str, Any]) -> None:
+        """Has a trial go on from its checkpoint with a larger share of a GPU, or ends it."""
+        spec = self._running[number]
+        share = larger_share(spec.gpus or self._workplace.gpus_per_trial)
+        if share is None:
+            self._end(number, TrialState.FAIL, reason=message["reason"], worker=message["worker"])
+            return
+        self._study.note(number, SHARE, share)
+        self._running[number] = dataclasses.replace(spec, gpus=share)
+        self._not_started.append(self._running[number])
+        self.runs.record_attributes(number)
 
     def on_not_started(self, number: int) -> TrialSpec | None:
         """Takes that a trial's process is gone without a word; returns it if it starts again."""

@@ -96,13 +96,14 @@ class SearchOptions:
     gpus_per_trial: int | float | str = 0.0
     """Share of a GPU of a trial; with training.device=cuda 0 counts as 1. "auto": the smallest of
     1, 1/2, 1/3, 1/4, 1/6 and 1/8 in which the largest trial of the space fits, as predicted. A
-    trial cannot allocate more than a share below 1."""
+    trial cannot allocate more than a share below 1; one that runs out of memory goes on with the
+    next larger."""
     max_failures: int = 3
     """Times that a trial whose process died goes on from its last checkpoint."""
     replicas: int | str = 1
-    """So many trials of one shape train side by side in a process, which takes the CPUs and the
-    share of a GPU of one trial; of stacks of RUM cells. "auto": 16 where that was measured to pay
-    (on the CPU, no size of the space above 64), else 1."""
+    """So many trials of one shape train side by side in a process, which takes the CPU and the
+    share of a GPU of one trial; stacks of RUM cells only. "auto": 16 where that was measured to
+    pay (on the CPU, units x batch x steps at most 40,000), else 1."""
     deterministic: bool = False
     """Decide in an order that does not depend on how fast the workers are: the same study every
     time, also after interruptions. Needs max_concurrent; trials may train beyond their end."""

@@ -3,7 +3,7 @@
 import json
 import traceback
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from rum.tune.space import apply
 from rum.tune.trial import Sender, limit_memory, load_task
 
 
-def run_crew(config: Mapping[str, Any], workplace: Workplace) -> None:
+def run_crew(
+    config: Mapping[str, Any], workplace: Workplace, report: Callable[..., None] = tune.report
+) -> None:
     """Ray's trainable: trains what the crew's roster says, as `rum.tune.trial.run_trial` one.
 
     Trials report together, after each epoch of one of them; then the roster says which go on and
@@ -31,8 +33,9 @@ def run_crew(config: Mapping[str, Any], workplace: Workplace) -> None:
     Args:
         config: `crew`, its name.
         workplace: The rest.
+        report: Sends to the driver, and returns when it has decided.
     """
-    crew = _Crew(config["crew"], workplace)
+    crew = _Crew(config["crew"], workplace, report)
     while lanes := crew.enlist():
         try:
             train(lanes, crew.decide, forward=SideBySide())
@@ -43,9 +46,10 @@ def run_crew(config: Mapping[str, Any], workplace: Workplace) -> None:
 class _Crew:
     """The trials of a process and what they have to say."""
 
-    def __init__(self, name: str, workplace: Workplace) -> None:
+    def __init__(self, name: str, workplace: Workplace, send: Callable[..., None]) -> None:
         self._name = name
         self._workplace = workplace
+        self._send = send
         self._folder = Path(workplace.folder)
         self._process = uuid.uuid4().hex
         self._num_reports = 0
@@ -131,5 +135,5 @@ class _Crew:
         self._num_reports += 1
         self._answers = name = f"{self._process}-{self._num_reports}"
         # As one value, since Ray would flatten nested ones and mix up names that hold slashes.
-        tune.report({"report": name, "messages": json.dumps(self._outbox)})
+        self._send({"report": name, "messages": json.dumps(self._outbox)})
         self._outbox.clear()

@@ -96,6 +96,8 @@ class LogicalOrder:
 
     def on_message(self, message: dict[str, Any]) -> bool:
         """Takes a trial's message; returns whether the trial is to stop."""
+        if message["status"] == messages.OUT_OF_MEMORY:  # memory is not the same every time
+            message = {**message, "status": messages.CRASHED}
         number, status = message["number"], message["status"]
         lane = self._lanes.get(number)
         if lane is not None and not self._is_waiting(number):

@@ -6,6 +6,7 @@ from typing import Any
 
 # How a trial stands after a message; see `rum.tune.trial`.
 RUNNING, FINISHED, DIVERGED, CRASHED = "running", "finished", "diverged", "crashed"
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)

@@ -252,6 +252,11 @@ def share_for(memory_bytes: float, card_bytes: float) -> float | None:
     return min(holding, default=None)
 
 
+def larger_share(share: float) -> float | None:
+    """The next larger of `SHARES`; None for a whole GPU, or none."""
+    return min((each for each in SHARES if each > share > 0), default=None)
+
+
 def allocatable(share: float, card_bytes: float) -> float:
     """Bytes that torch may allocate in a share of a card, its CUDA context taken off."""
     return max(0.0, share * card_bytes - CONTEXT_BYTES)

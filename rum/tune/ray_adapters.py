@@ -1,5 +1,6 @@
 """Ray Tune's searcher, scheduler, stopper and callbacks, each a thin view of the conductor."""
 
+import dataclasses
 import json
 import sys
 import time
@@ -60,7 +61,7 @@ class ConductedSearcher(_Searcher):
         spec = self._conductor.next_trial()
         if spec is None:
             return str(Searcher.FINISHED) if self._conductor.is_done else None
-        return {"number": spec.number, "parameters": spec.parameters, "origin": spec.origin}
+        return dataclasses.asdict(spec)
 
 
 class CrewSearcher(_Searcher):

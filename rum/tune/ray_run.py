@@ -1,16 +1,20 @@
 """Ray Tune as the engine of a search: runs the conductor's trials until it is through."""
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
+from ray.tune import PlacementGroupFactory
 from ray.tune.schedulers import TrialScheduler
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, Searcher
 
+from rum.errors import ConfigError
 from rum.experiment import ExperimentConfig
-from rum.tune.cluster import resources
+from rum.tune.cluster import concurrent, resources
 from rum.tune.conductor import Conductor
 from rum.tune.config import SearchConfig
 from rum.tune.crew_size import replicas
@@ -31,6 +35,9 @@ from rum.tune.ray_adapters import (
 from rum.tune.study import Study
 from rum.tune.trial import run_trial
 
+LOOK_SECONDS = 5.0
+"""Between two looks at what the cluster has."""
+
 
 def _trial_name(trial: Any) -> str:
     """Ray's own part tells apart the times that a trial was taken up."""
@@ -47,18 +54,16 @@ def _order(config: SearchConfig, conductor: Conductor, study: Study) -> Conducto
     return LogicalOrder(conductor, study, workers)
 
 
-def _crews(
-    config: SearchConfig, conductor: Conductor, workplace: Workplace, concurrent: int
-) -> Crews:
+def _crews(config: SearchConfig, conductor: Conductor, workplace: Workplace, room: int) -> Crews:
     base = ExperimentConfig(model=config.model, task=config.task, training=config.training)
     lanes = replicas(config)
     if config.search.max_concurrent is not None:  # of trials, in all crews
-        lanes = min(lanes, config.search.max_concurrent // concurrent)
-    return Crews(conductor, base, workplace, lanes=lanes, crews=concurrent)
+        lanes = min(lanes, config.search.max_concurrent // room)
+    return Crews(conductor, base, workplace, lanes=lanes, crews=room)
 
 
 def run(
-    config: SearchConfig, conductor: Conductor, study: Study, workplace: Workplace, concurrent: int
+    config: SearchConfig, conductor: Conductor, study: Study, workplace: Workplace, room: int
 ) -> None:
     """Lets Ray run the trials, again while orders leave more to do when it has ended.
 
@@ -67,7 +72,7 @@ def run(
         conductor: Decides.
         study: The conductor's.
         workplace: Where the trials work.
-        concurrent: Processes at a time.
+        room: Processes at a time, to begin with.
     """
     orders = Orders(Path(workplace.folder))
 
@@ -82,12 +87,43 @@ def run(
             order = _order(config, conductor, study)
             searcher, scheduler = ConductedSearcher(order), ConductedScheduler(order)
         else:
-            crews = _crews(config, conductor, workplace, concurrent)
+            crews = _crews(config, conductor, workplace, room)
             searcher, scheduler = CrewSearcher(crews), CrewScheduler(crews)
-        _fit(config, conductor, searcher, scheduler, workplace, concurrent, turn)
+        limited = ConcurrencyLimiter(searcher, max_concurrent=room)
+        follow = _Room(config, limited).follow
+        _fit(config, conductor, limited, scheduler, workplace, [turn, follow])
         if not conductor.is_done:
             return  # Ctrl-C
         turn()
+
+
+class _Room:
+    """Keeps as many processes at work as the cluster has room for, while nodes come and go."""
+
+    def __init__(self, config: SearchConfig, limited: ConcurrencyLimiter) -> None:
+        self._config = config
+        self._limited = limited
+        self._looked = time.monotonic()
+
+    def follow(self) -> None:
+        """Looks now and then; to be called often."""
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        self._looked = time.monotonic()
+        try:
+            self._limited.max_concurrent = concurrent(self._config, ray.cluster_resources())
+        except ConfigError:  # not one fits now: what is under way waits for another node
+            return
+
+
+def resources_of(config: SearchConfig) -> Callable[[dict[str, Any]], PlacementGroupFactory]:
+    """What a trial or crew takes, from what the searcher handed out."""
+    shared = resources(config)
+
+    def of_trial(handed: dict[str, Any]) -> PlacementGroupFactory:
+        return PlacementGroupFactory([{**shared, "GPU": handed.get("gpus") or shared["GPU"]}])
+
+    return of_trial
 
 
 def _fit(
@@ -96,12 +132,11 @@ def _fit(
     searcher: Searcher,
     scheduler: TrialScheduler,
     workplace: Workplace,
-    concurrent: int,
-    turn: Callable[[], None],
+    turns: list[Callable[[], None]],
 ) -> None:
     run = run_trial if replicas(config) == 1 else run_crew
     trainable = tune.with_resources(
-        tune.with_parameters(run, workplace=workplace), resources(config)
+        tune.with_parameters(run, workplace=workplace), resources_of(config)
     )
     scratch = Path(workplace.folder) / "ray"  # nothing in it is read again
     shutil.rmtree(scratch, ignore_errors=True)
@@ -111,7 +146,6 @@ def _fit(
             search_alg=searcher,
             scheduler=scheduler,
             num_samples=-1,  # until the searcher says that it has finished
-            max_concurrent_trials=concurrent,
             reuse_actors=True,
             # Ray would put the parameters into these names.
             trial_name_creator=_trial_name,
@@ -122,7 +156,7 @@ def _fit(
             storage_path=str(scratch),
             failure_config=tune.FailureConfig(max_failures=config.search.max_failures),
             stop=ConductedStopper(conductor),
-            callbacks=[TurnCallback(turn), ProgressCallback(conductor)],
+            callbacks=[*map(TurnCallback, turns), ProgressCallback(conductor)],
             verbose=0,
         ),
     )

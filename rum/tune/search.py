@@ -15,7 +15,7 @@ from rum.tune.budget import check_budget, describe
 from rum.tune.cluster import check_ray_address, concurrent, resources
 from rum.tune.conducting import conduct
 from rum.tune.config import SearchConfig, data_folder, output_folder
-from rum.tune.crew_size import check_replicas
+from rum.tune.crew_size import with_replicas
 from rum.tune.database import open_storage
 from rum.tune.finalists import check_finalists, describe_finalists, rank_finalists
 from rum.tune.forecast import check_disk, forecast
@@ -94,13 +94,13 @@ def check_machine(config: SearchConfig, task: Task, output_dir: Path) -> SearchC
     """Says what the search will cost.
 
     Returns:
-        The search with the share of a GPU that each trial gets as a number.
+        The search with replicas and the share of a GPU that each trial gets as numbers.
 
     Raises:
         ConfigError: If it cannot run here, or nothing of the space is within its limits.
     """
     check_device(config.training.device)
-    check_replicas(config)
+    config = with_replicas(config, task)
     if not config.dry_run:
         _check_writable(output_dir)
         check_ray_address()

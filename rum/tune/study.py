@@ -32,6 +32,8 @@ RESUMED = "rum.resumed"
 INFEASIBLE = "infeasible"
 """How the reason of a candidate beyond a limit begins."""
 ORIGIN = "rum.origin"
+SHARE = "rum.gpu_share"
+"""Of a trial that ran out of memory: the share of a GPU that it has since."""
 WARM_START = "rum.warm_start"
 """Of a trial that was queued before the first: where its configuration comes from."""
 FINALIST = "rum.finalist"
@@ -61,6 +63,8 @@ class TrialSpec:
     parameters: dict[str, Any]
     origin: dict[str, Any] | None
     """Where its first checkpoint comes from, if it continues another study's trial."""
+    gpus: float | None = None
+    """Its share of a GPU, if it needs a larger one than the others."""
 
 
 class Study:
@@ -214,7 +218,8 @@ class Study:
     def _suggest(self, trial: optuna.Trial) -> TrialSpec:
         self._open[trial.number] = trial
         parameters = suggest(trial, self._space, self._fit)
-        return TrialSpec(trial.number, parameters, trial.user_attrs.get(ORIGIN))
+        attributes = trial.user_attrs
+        return TrialSpec(trial.number, parameters, attributes.get(ORIGIN), attributes.get(SHARE))
 
     def report(self, number: int, epoch: int, value: float) -> None:
         """Records the running best of a trial after an epoch."""

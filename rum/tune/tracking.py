@@ -18,9 +18,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.db_types import DATABASE_ENGINES
 
 from rum.errors import TrackingError
 from rum.tasks import Task
@@ -30,6 +32,7 @@ from rum.tune.database import make_whole
 from rum.tune.provenance import option_text
 
 CONNECT_SECONDS = 10.0
+DATABASE_SECONDS = 60.0  # MLflow makes its tables the first time
 
 logger = logging.getLogger(__name__)
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for every small file
@@ -66,15 +69,19 @@ def connect(config: TrackingConfig, output_dir: Path) -> tuple[MlflowClient, str
         The client and the experiment's id.
 
     Raises:
-        TrackingError: If the store cannot be used; a server has ten seconds to answer.
+        TrackingError: If the store cannot be used; a server has ten seconds to answer, a database
+            that is not a file a minute.
     """
     uri = tracking_uri(config, output_dir)
+    is_local = uri.startswith(("sqlite:", "file:", "/"))
     answer: queue.SimpleQueue[tuple[MlflowClient, str] | Exception] = queue.SimpleQueue()
 
     def open_store() -> None:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             _make_local_database(uri)
+            if _is_database(uri) and not is_local:
+                _check_database(uri)
             client = MlflowClient(tracking_uri=uri)
             answer.put((client, _experiment_id(client, config.experiment, uri, output_dir)))
         except Exception as error:  # noqa: BLE001  # raised again below, in the caller's thread
@@ -83,18 +90,32 @@ def connect(config: TrackingConfig, output_dir: Path) -> tuple[MlflowClient, str
     threading.Thread(target=open_store, daemon=True).start()
     shown = _without_password(uri)
     # A local database may take longer the first time, when its tables are made.
-    seconds = None if uri.startswith(("sqlite:", "file:", "/")) else CONNECT_SECONDS
+    seconds = DATABASE_SECONDS if _is_database(uri) else CONNECT_SECONDS
     try:
-        result = answer.get(timeout=seconds)
+        result = answer.get(timeout=None if is_local else seconds)
     except queue.Empty:
         raise TrackingError(
-            f"MLflow at {shown} did not answer within {CONNECT_SECONDS:.0f} s. Is the server up, "
+            f"MLflow at {shown} did not answer within {seconds:.0f} s. Is the server up, "
             "and MLFLOW_TRACKING_URI (or tracking.uri) right?"
         ) from None
     if isinstance(result, Exception):
         reason = _without_password(str(result))
         raise TrackingError(f"MLflow at {shown} cannot be used: {reason}") from None
     return result
+
+
+def _is_database(uri: str) -> bool:
+    """Whether MLflow reaches a database from here, not through a server of its own."""
+    return re.split("[+:]", uri, maxsplit=1)[0] in DATABASE_ENGINES
+
+
+def _check_database(uri: str) -> None:
+    """Connects once: MLflow would try again for minutes where nothing listens."""
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
 
 
 def _make_local_database(uri: str) -> None:
@@ -117,6 +138,17 @@ def _without_password(text: str) -> str:
     return re.sub(r"//[^/@\s]*@", "//", text)
 
 
+def artifact_location(uri: str, output_dir: Path) -> str | None:
+    """Where a new experiment's artifacts go; None leaves it to the tracking server.
+
+    With a database, also one on another machine, MLflow would put them into ./mlruns of the
+    folder that the search was started in.
+    """
+    if _is_database(uri) or uri.startswith("file:"):
+        return (output_dir.absolute() / "mlartifacts").as_uri()
+    return None
+
+
 def _experiment_id(client: MlflowClient, name: str, uri: str, output_dir: Path) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None and found.lifecycle_stage == "deleted":
@@ -125,9 +157,7 @@ def _experiment_id(client: MlflowClient, name: str, uri: str, output_dir: Path) 
         )
     if found is not None:
         return str(found.experiment_id)
-    # With a local database MLflow would put artifacts into ./mlruns, wherever that is.
-    local = uri.startswith(("sqlite:", "file:"))
-    location = (output_dir.absolute() / "mlartifacts").as_uri() if local else None
+    location = artifact_location(uri, output_dir)
     # The kind decides which pages the UI shows first: training runs, not language-model traces.
     kind = {"mlflow.experimentKind": "custom_model_development"}
     try:

@@ -19,7 +19,14 @@ from rum.experiment import ExperimentConfig, experiment_from_plain, run_experime
 from rum.tasks import Task
 from rum.training.checkpoint import CheckpointStore, read_checkpoint
 from rum.training.loop import Report
-from rum.tune.messages import CRASHED, DIVERGED, FINISHED, RUNNING, Workplace
+from rum.tune.messages import (
+    CRASHED,
+    DIVERGED,
+    FINISHED,
+    OUT_OF_MEMORY,
+    RUNNING,
+    Workplace,
+)
 from rum.tune.prediction import allocatable
 from rum.tune.space import apply
 
@@ -33,7 +40,7 @@ def run_trial(config: Mapping[str, Any], workplace: Workplace) -> None:
     whose process died. One that finds another process at work on its trial ends in silence.
 
     Args:
-        config: `number`, `parameters` and `origin` of `rum.tune.study.TrialSpec`.
+        config: `number`, `parameters`, `origin` and `gpus` of `rum.tune.study.TrialSpec`.
         workplace: The rest.
     """
     number = config["number"]
@@ -41,10 +48,13 @@ def run_trial(config: Mapping[str, Any], workplace: Workplace) -> None:
     try:
         experiment = apply(experiment_from_plain(workplace.experiment), config["parameters"])
         if experiment.training.device.startswith("cuda"):
-            limit_memory(experiment.training.device, workplace.gpus_per_trial)
+            share = config["gpus"] or workplace.gpus_per_trial
+            limit_memory(experiment.training.device, share)
         _train(experiment, workplace, config, send)
     except SupersededError:
         return  # the process that took over has the say
+    except torch.OutOfMemoryError as error:
+        send.end(OUT_OF_MEMORY, f"out of memory: {error}")
     except DivergedError as error:
         send.end(DIVERGED, f"diverged: {error}")
     except Exception as error:  # noqa: BLE001  # goes to the driver, which records it

@@ -219,14 +219,16 @@ class SmallDriver:
             first_epochs=settings.get("first_epochs", 1),
             clock=lambda: self.seconds,
         )
+        self.workplace = Workplace(asdict(self.base), str(self.folder), None)
         self.conductor = Conductor(
             self.study,
             self.base,
             task,
             settings.get("scheduler") or NoScheduler(),
             self.tracker,
-            Workplace(asdict(self.base), str(self.folder), None),
+            self.workplace,
             budget=self.budget,
+            max_failures=settings.get("max_failures", 0),
         )
 
     def start(self) -> int:
@@ -255,7 +257,7 @@ def small_driver(output_dir: Path) -> Iterator[Callable[..., SmallDriver]]:
     def small_driver(num_trials: int = 4, **settings: Any) -> SmallDriver:
         for dead in opened:
             dead.tracker.flush()
-        names = {field.name for field in fields(SearchOptions)}
+        names = {field.name for field in fields(SearchOptions)} - {"max_failures"}
         options = {name: settings.pop(name) for name in names & set(settings)}
         search = SearchOptions(num_trials=num_trials, **options)
         opened.append(SmallDriver(output_dir, search, **settings))

@@ -23,7 +23,7 @@ from rum.training.config import TrainingConfig
 from rum.tune.conductor import Conductor
 from rum.tune.config import Domain, SamplerConfig
 from rum.tune.database import open_storage
-from rum.tune.messages import CRASHED, DIVERGED, FINISHED, RUNNING, Workplace
+from rum.tune.messages import CRASHED, DIVERGED, FINISHED, OUT_OF_MEMORY, RUNNING, Workplace
 from rum.tune.ray_adapters import ConductedScheduler
 from rum.tune.schedulers import Population, Scheduler
 from rum.tune.schedulers.halving import Halving
@@ -44,6 +44,7 @@ SPACE = {
 TASK = BASE.task.load(seed=0)
 BEST = "validation/best_cross_entropy"
 WORKER = {"host": "elsewhere", "device": "cpu", "pid": 123}
+AT = {"worker": WORKER}
 
 
 def reports(*values: float, first: int = 1) -> list[dict[str, float]]:
@@ -70,13 +71,15 @@ def end(number: int, status: str, reason: str) -> dict[str, Any]:
 class Driver:
     """A conductor with its books, as one process of a search has them."""
 
-    def __init__(self, output_dir: Path, target: int, scheduler: Scheduler) -> None:
+    def __init__(
+        self, output_dir: Path, target: int, scheduler: Scheduler, gpus_per_trial: float
+    ) -> None:
         storage = open_storage(output_dir)
         ensure_study(storage, "study", {"mode": "min"})
         self.study = Study(storage, "study", SPACE, SamplerConfig(name="random"))
         self.study.target = target
         self.workplace = Workplace(
-            dataclasses.asdict(BASE), str(output_dir / "studies" / "study"), None
+            dataclasses.asdict(BASE), str(output_dir / "studies" / "study"), None, gpus_per_trial
         )
         client, experiment_id = connect(TrackingConfig(), output_dir)
         tags = {"rum.metric": TASK.metric}
@@ -123,11 +126,12 @@ def driver(output_dir: Path) -> Iterator[Callable[..., Driver]]:
         milestones: tuple[int, ...] = (),
         pauses: bool = False,
         scheduler: Scheduler | None = None,
+        gpus_per_trial: float = 0.0,
     ) -> Driver:
         for dead in opened:
             dead.tracker.flush()
         halving = Halving(list(milestones), 2, "min", pauses)
-        opened.append(Driver(output_dir, target, scheduler or halving))
+        opened.append(Driver(output_dir, target, scheduler or halving, gpus_per_trial))
         return opened[-1]
 
     yield driver
@@ -745,6 +749,47 @@ def test_a_trial_whose_process_died_before_it_ran_starts_again(
     trials, runs = books(search)
     assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL"]
     assert runs[other].data.tags["rum.reason"] == "crashed: its process died before it ran"
+
+
+def test_a_trial_that_runs_out_of_memory_gets_more_of_the_gpu(
+    driver: Callable[..., Driver], books: Callable[..., Any]
+) -> None:
+    search = driver(target=2, gpus_per_trial=1 / 4)
+    number = search.start()
+    assert not search.tell(number, 0.5)
+    said = {"number": number, "status": OUT_OF_MEMORY, "reason": "out of memory: 2 GiB", **AT}
+    for expected in (1 / 3, 1 / 2):
+        assert search.conductor.on_message(said), "its process ends"
+        spec = search.conductor.next_trial()
+        assert spec is not None
+        assert (spec.number, spec.gpus) == (number, expected)
+    search = driver(target=2, gpus_per_trial=1 / 4)  # the driver died meanwhile
+    spec = search.conductor.next_trial()
+    assert spec is not None
+    assert (spec.number, spec.gpus) == (number, 1 / 2)
+    assert search.conductor.on_message(said)
+    spec = search.conductor.next_trial()
+    assert spec is not None
+    assert spec.gpus == 1.0
+    assert search.conductor.on_message(said), "there is no more than a whole one"
+    other = search.conductor.next_trial()
+    assert other is not None
+    assert (other.number, other.gpus) == (1, None)
+    assert not search.tell(1, 0.5, 0.4, 0.3, 0.2)
+
+    trials, runs = books(search)
+    assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE"]
+    assert trials[0].intermediate_values == {1: 0.5}
+    assert runs[0].data.tags["rum.reason"] == "out of memory: 2 GiB"
+    assert json.loads(runs[0].data.tags["rum.attributes"])["rum.gpu_share"] == 1.0
+
+
+def test_without_a_gpu_there_is_no_more_memory_to_give(driver: Callable[..., Driver]) -> None:
+    search = driver(target=1)
+    number = search.start()
+    said = {"number": number, "status": OUT_OF_MEMORY, "reason": "out of memory: 2 GiB", **AT}
+    assert search.conductor.on_message(said)
+    assert search.study.trial(number).state == TrialState.FAIL
 
 
 def test_of_two_processes_on_one_trial_the_later_has_the_say(

@@ -16,7 +16,16 @@ from rum.errors import TrackingError
 from rum.tasks import CopyingConfig
 from rum.train import TrackingConfig
 from rum.tune import tracking
-from rum.tune.tracking import FAILED, FINISHED, INTERRUPTED, KILLED, Tracker, connect, trial_run
+from rum.tune.tracking import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    KILLED,
+    Tracker,
+    artifact_location,
+    connect,
+    trial_run,
+)
 
 TASK = CopyingConfig(delay=3, batch_size=8, steps_per_epoch=5).load(seed=0)
 PARAMETERS = {"model.hidden_size": 8, "model.eta": None, "task.corpus": "a b"}
@@ -103,6 +112,24 @@ def test_the_environment_says_where_unless_the_configuration_does(
     assert {e.name for e in local.search_experiments()} <= {"Default"}
 
 
+@pytest.mark.parametrize(
+    ("uri", "is_here"),
+    [
+        ("sqlite:////srv/mlflow.db", True),
+        ("postgresql://rum@db/mlflow", True),
+        ("postgresql+psycopg2://rum@db/mlflow", True),
+        ("mysql+pymysql://rum@db/mlflow", True),
+        ("file:/srv/mlruns", True),
+        ("http://db:5000", False),
+        ("https://db", False),
+        ("databricks", False),
+    ],
+)
+def test_who_says_where_artifacts_go(uri: str, is_here: bool, tmp_path: Path) -> None:
+    expected = (tmp_path / "mlartifacts").as_uri() if is_here else None
+    assert artifact_location(uri, tmp_path) == expected
+
+
 # Servers that are not there
 
 
@@ -154,6 +181,24 @@ def test_a_server_that_never_answers_is_named_without_its_password(
 
 def test_the_time_to_answer_is_ten_seconds() -> None:
     assert tracking.CONNECT_SECONDS == 10.0
+
+
+def test_a_database_that_refuses_the_connection_is_named_at_once(
+    output_dir: Path, closed_port: int
+) -> None:
+    pytest.importorskip("psycopg2", reason="needs rum-torch[postgres]")
+    uri = f"postgresql+psycopg2://reader:hunter2@127.0.0.1:{closed_port}/mlflow"
+    message, seconds = failure(uri, output_dir)
+    assert f"127.0.0.1:{closed_port}/mlflow cannot be used" in message
+    assert "refused" in message
+    assert "hunter2" not in message
+    assert seconds < tracking.CONNECT_SECONDS
+
+
+def test_a_database_whose_driver_is_missing_is_named(output_dir: Path) -> None:
+    message, _ = failure("postgresql+none://rum@127.0.0.1/mlflow", output_dir)
+    assert "cannot be used" in message
+    assert "postgresql.none" in message
 
 
 def test_a_server_that_refuses_the_connection_is_named(
