@@ -28,6 +28,7 @@ from rum.tune.schedulers import Population, Scheduler, Verdict
 from rum.tune.space import apply
 from rum.tune.study import (
     BY_HAND,
+    FINALIST,
     INFEASIBLE,
     PAUSED,
     REASON,
@@ -255,6 +256,8 @@ class Conductor:
     def _judge(self, spec: TrialSpec) -> str | None:
         """Why a candidate cannot be trained; None for what can, or has begun to be."""
         if spec.origin is not None or self._last_epoch[spec.number]:
+            return None
+        if FINALIST in self._study.trial(spec.number).user_attrs:  # it was trained before
             return None
         try:
             experiment = apply(self._base, spec.parameters)

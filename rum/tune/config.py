@@ -130,7 +130,12 @@ class SearchOptions:
     many other seeds (training.seed + 1 and on), ranked by their mean, and the best is registered;
     the alias `best` moves only beyond noise. Not part of the budgets above."""
     finalists: int = 3
-    """How many trials that are."""
+    """How many trials that are; without effect where seeds is 1."""
+
+    @property
+    def num_repeats(self) -> int:
+        """Runs of finalists, at most, which come on top of `num_trials`."""
+        return 0 if self.seeds == 1 else self.seeds * self.finalists
 
     def __post_init__(self) -> None:
         """Raises ConfigError on an invalid value."""

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mlflow import MlflowClient
 from optuna.storages import RDBStorage
@@ -27,6 +28,9 @@ from rum.tune.tracking import study_runs, trial_run
 
 FILE = "finalists.json"
 SEED = "training.seed"
+LARGEST_SEED = 2**31 - 1
+SEARCH_TAG, SEEDS_TAG = "rum.finalists_of", "rum.finalists"
+"""Of the two studies' own runs: the name of the other."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,18 @@ class Finalist:
     runs: Mapping[int, float]
     """Best validation metric by seed, of those that finished."""
     failed: Sequence[int]
-    """Seeds under which it crashed or diverged."""
+    """Seeds under which it crashed, diverged or was stopped by hand."""
+    run_ids: Mapping[int, str]
+    """MLflow's, by seed."""
 
     @property
     def spread(self) -> Spread:
         """Over the seeds."""
         return Spread.of(list(self.runs.values()))
+
+    def lacks(self, seeds: int) -> int:
+        """How many runs are missing to so many seeds, or failed: 0 makes its mean comparable."""
+        return max(len(self.failed), seeds - len(self.runs))
 
 
 def rank_finalists(
@@ -61,7 +71,12 @@ def rank_finalists(
     """Trains the best trials anew under `search.seeds` seeds, to the end, and registers the best.
 
     They are trials of the study `<study>-seeds`, without a scheduler; what of them is there
-    already is not repeated. Those that have all seeds come first, by their mean.
+    already is not repeated. The run of the search does not count: it was chosen for its value,
+    which is biased by that. Those that have all seeds come first, by their mean; where none has,
+    none is registered.
+
+    The seed changes the initial weights, the masks and, of the task `copying`, the sequences to
+    train on; validation and test sets, and the order of a corpus, are the same for all.
 
     Args:
         config: The search's; `study` is its name.
@@ -93,23 +108,23 @@ def rank_finalists(
         claim_folder(folder, study.id)
         ranked = search.ranked()[: config.search.finalists]
         _queue(config, search, study, ranked, client, experiment_id)
-        study.target = len(study.trials())
+        study.target = len(study.trials()) - len(study.refused())
         if study.target == 0:
             return "No trial has a value: there are no finalists."
         seeds = config.search.seeds
         say(f"Finalists: {len(ranked)} trials under {seeds} seeds each, as study {name}.")
         conduct(config, study, task, client, experiment_id)
         study.conclude()
-        finalists = _ranked(study, search)
-        _record(finalists, search, client, experiment_id)
+        finalists = _ranked(study, search, seeds, client, experiment_id)
+        _record(finalists, study, search, client, experiment_id)
         best = finalists[0]
-        if best.runs:
+        if best.lacks(seeds):
+            say("The best model is not registered: no finalist finished under all seeds")
+        else:
             choose = min if task.mode == "min" else max
             seed = choose(best.runs, key=lambda seed: best.runs[seed])
-            number = best.numbers[seed]
-            run = trial_run(client, experiment_id, name, number, study.id)
-            trial_folder = folder / "trials" / f"{number:04d}"
-            register_best(config, task, client, run.info.run_id, trial_folder, best.spread)
+            trial_folder = folder / "trials" / f"{best.numbers[seed]:04d}"
+            register_best(config, task, client, best.run_ids[seed], trial_folder, best.spread)
         return _table(finalists, search, task)
 
 
@@ -119,6 +134,11 @@ def check_finalists(config: SearchConfig) -> None:
         return
     if SEED in config.space:
         raise ConfigError(f"search.seeds={config.search.seeds}, but {SEED} is searched itself")
+    if config.training.seed + config.search.seeds > LARGEST_SEED:
+        raise ConfigError(
+            f"{SEED} + search.seeds must be at most {LARGEST_SEED}, got {config.training.seed} + "
+            f"{config.search.seeds}"
+        )
     if config.scheduler.name == "pbt":
         raise ConfigError(
             f"search.seeds={config.search.seeds} does not go with scheduler=pbt: its members "
@@ -150,7 +170,7 @@ def _of_finalists(config: SearchConfig) -> SearchConfig:
         seeds=given.seeds,
         finalists=given.finalists,
     )
-    seeds = Domain(type="int", low=0, high=2**31 - 1)
+    seeds = Domain(type="int", low=0, high=LARGEST_SEED)
     return dataclasses.replace(
         config,
         space={**config.space, SEED: seeds},
@@ -168,8 +188,7 @@ def _queue(
     experiment_id: str,
 ) -> None:
     """Queues what is not there yet; a driver may have died in the middle of it."""
-    notes = [trial.user_attrs[FINALIST] for trial in study.trials()]
-    queued = {(note["trial"], note["seed"]) for note in notes}
+    queued = {(note["trial"], note["seed"]) for _, note in _repeats(study)}
     first = config.training.seed + 1
     for trial in ranked:
         run = trial_run(client, experiment_id, search.name, trial.number, search.id)
@@ -184,11 +203,23 @@ def _queue(
                 study.enqueue({**trial.params, SEED: seed}, {FINALIST: note})
 
 
-def _ranked(study: Study, search: Study) -> list[Finalist]:
-    """Those with all their runs first, by mean; then the others."""
-    numbers: dict[int, dict[int, int]] = defaultdict(dict)
+def _repeats(study: Study) -> Iterator[tuple[FrozenTrial, dict[str, Any]]]:
+    """The finalists' runs and what they repeat; a trial that was queued by hand is none."""
     for trial in study.trials():
-        note = trial.user_attrs[FINALIST]
+        if FINALIST in trial.user_attrs:
+            yield trial, trial.user_attrs[FINALIST]
+
+
+def _ranked(
+    study: Study, search: Study, seeds: int, client: MlflowClient, experiment_id: str
+) -> list[Finalist]:
+    """Those with all their runs first, by mean; then the others."""
+    run_ids = {
+        number: str(run.info.run_id)
+        for number, run in study_runs(client, experiment_id, study.name, study.id)
+    }
+    numbers: dict[int, dict[int, int]] = defaultdict(dict)
+    for trial, note in _repeats(study):
         numbers[note["trial"]][note["seed"]] = trial.number
     finalists = []
     for number, by_seed in numbers.items():
@@ -201,43 +232,64 @@ def _ranked(study: Study, search: Study) -> list[Finalist]:
         value = search.trial(number).value
         assert value is not None
         failed = [seed for seed in by_seed if seed not in finished]
-        finalists.append(Finalist(number, value, by_seed, finished, failed))
+        recorded = {seed: run_ids[run] for seed, run in by_seed.items()}
+        finalists.append(Finalist(number, value, by_seed, finished, failed, recorded))
     sign = 1 if study.mode == "min" else -1
     worst = float("inf")
     return sorted(
         finalists,
-        key=lambda each: (len(each.failed), sign * each.spread.mean if each.runs else worst),
+        key=lambda each: (each.lacks(seeds), sign * each.spread.mean if each.runs else worst),
     )
 
 
 def _record(
-    finalists: Sequence[Finalist], search: Study, client: MlflowClient, experiment_id: str
+    finalists: Sequence[Finalist],
+    study: Study,
+    search: Study,
+    client: MlflowClient,
+    experiment_id: str,
 ) -> None:
-    """Writes the ranking to the search's run in MLflow."""
-    runs = study_runs(client, experiment_id, search.name, search.id)
-    (parent,) = (run.info.run_id for number, run in runs if number is None)
+    """Writes the ranking to the search's run in MLflow, and to both studies' runs the other."""
+    parent = _own_run(search, client, experiment_id)
+    client.set_tag(parent, SEEDS_TAG, study.name)
+    client.set_tag(_own_run(study, client, experiment_id), SEARCH_TAG, search.name)
     plain = [
         {
             "trial": each.number,
             "value_in_search": each.value,
             "values": {str(seed): value for seed, value in each.runs.items()},
+            "run_ids": {str(seed): run_id for seed, run_id in each.run_ids.items()},
             "failed_seeds": list(each.failed),
             **(_statistics(each.spread) if each.runs else {}),
         }
         for each in finalists
     ]
     client.log_text(parent, json.dumps(plain, indent=1), FILE)
-    if finalists[0].runs:
-        for name, value in _statistics(finalists[0].spread).items():
-            if value is not None:
-                client.log_metric(parent, f"finalists/best_{name}", value)
+    step = len(study.ended())
+    for name, value in (_statistics(finalists[0].spread) if finalists[0].runs else {}).items():
+        key = f"finalists/best_{name}"
+        if isinstance(value, float) and not _has_point(client, parent, key, step):
+            client.log_metric(parent, key, value, step=step)
 
 
-def _statistics(spread: Spread) -> dict[str, float | None]:
+def _own_run(study: Study, client: MlflowClient, experiment_id: str) -> str:
+    runs = study_runs(client, experiment_id, study.name, study.id)
+    (run_id,) = (run.info.run_id for number, run in runs if number is None)
+    return str(run_id)
+
+
+def _has_point(client: MlflowClient, run_id: str, key: str, step: int) -> bool:
+    """Whether an earlier driver wrote it: MLflow would keep both."""
+    return any(point.step == step for point in client.get_metric_history(run_id, key))
+
+
+def _statistics(spread: Spread) -> dict[str, Any]:
+    known = spread.count > 1
     return {
         "mean": spread.mean,
         "std": spread.std,
-        "half_width": spread.half_width if spread.count > 1 else None,
+        "half_width": spread.half_width if known else None,
+        "interval": list(spread.interval) if known else None,
     }
 
 

@@ -47,7 +47,7 @@ class Forecast:
     hours_at_most: float
     """If no trial is stopped."""
     disk_bytes: int
-    """Best and last checkpoint of every trial."""
+    """Best and last checkpoint of every trial, and of every run of a finalist."""
     free_bytes: int
 
     def __str__(self) -> str:
@@ -113,6 +113,7 @@ def forecast(
     max_epochs = config.training.max_epochs
     epochs = build_scheduler(config, task).mean_epochs(max_epochs)
     total = mean_epoch * config.search.num_trials / concurrent / 3600
+    kept = config.search.num_trials + config.search.num_repeats
     return Forecast(
         smallest=predictor.predict(smallest),
         typical=predictor.predict(typical),
@@ -120,7 +121,7 @@ def forecast(
         epochs_per_trial=epochs,
         hours=total * epochs,
         hours_at_most=total * max_epochs,
-        disk_bytes=int(2 * BYTES_PER_PARAMETER * mean_parameters) * config.search.num_trials,
+        disk_bytes=int(2 * BYTES_PER_PARAMETER * mean_parameters) * kept,
         free_bytes=shutil.disk_usage(_existing(output_dir)).free,
     )
 

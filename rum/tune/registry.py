@@ -1,5 +1,6 @@
 """The best model of each task and corpus in MLflow's registry, under the alias `best`."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,8 @@ def register(
 
     The alias `best` moves only if the validation metric beats that of its holder under the same
     protocol and on the same data, and beyond noise as far as that is known of one of them
-    (`rum.tune.spread.is_beyond_noise`). Doing this twice changes nothing.
+    (`rum.tune.spread.is_beyond_noise`). Doing this twice changes nothing; with a spread of more
+    seeds the version says that one.
 
     Args:
         client: MLflow.
@@ -82,13 +84,21 @@ def register(
                 "sha256": checkpoint.description["sha256"],
             },
         )
+    else:
+        for key, text in _spread_tags(spread).items():
+            client.set_model_version_tag(name, version.version, key, text)
     return Registered(name, str(version.version), _move_alias(client, version, spread, task))
 
 
 def _spread_tags(spread: Spread) -> dict[str, str]:
     if spread.count == 1:
         return {}
-    return {"mean": repr(spread.mean), "std": repr(spread.std), "seeds": str(spread.count)}
+    return {
+        "mean": repr(spread.mean),
+        "std": repr(spread.std),
+        "seeds": str(spread.count),
+        "interval": json.dumps(spread.interval),
+    }
 
 
 def _spread_of(version: ModelVersion) -> Spread:

@@ -33,6 +33,11 @@ class Spread:
             return math.inf
         return _quantile(self.count - 1) * self.std / math.sqrt(self.count)
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The t-interval of the mean, its two ends."""
+        return self.mean - self.half_width, self.mean + self.half_width
+
     def __str__(self) -> str:
         """For people."""
         if self.count == 1:

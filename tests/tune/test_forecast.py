@@ -45,6 +45,10 @@ def test_parameters_are_those_of_the_space_and_disk_is_two_checkpoints_a_trial(
         for n in range(1, SAMPLES)
     }
     assert prediction.disk_bytes in per_trial
+    search = dataclasses.replace(CONFIG.search, seeds=5, finalists=2)  # as many again
+    repeated = dataclasses.replace(CONFIG, search=search)
+    more = forecast(repeated, TASK, tmp_path, concurrent=1, limits=unlimited())
+    assert more.disk_bytes == 2 * prediction.disk_bytes
     assert prediction.free_bytes == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
 
 

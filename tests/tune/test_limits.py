@@ -32,7 +32,7 @@ from rum.tune.prediction import Predictor
 from rum.tune.results import best_trials, failures, refusals
 from rum.tune.schedulers.halving import Halving
 from rum.tune.search import run_search
-from rum.tune.study import ORIGIN, Study, ensure_study
+from rum.tune.study import FINALIST, ORIGIN, Study, ensure_study
 from rum.tune.tracking import INTERRUPTED, Tracker, connect
 
 TASK_CONFIG = CopyingConfig(delay=3, batch_size=8, steps_per_epoch=5)
@@ -176,6 +176,17 @@ def driver(output_dir: Path) -> Any:
     yield driver
     for each in opened:
         each.tracker.close(INTERRUPTED)
+
+
+def test_a_finalist_is_not_refused_by_what_its_search_has_learnt_since(
+    driver: Callable[..., Driver],
+) -> None:
+    search = driver(1, count(20))
+    search.study.enqueue({"model.hidden_size": 30}, {FINALIST: {"trial": 3, "seed": 8}})
+    spec = search.conductor.next_trial()
+    assert spec is not None
+    assert (spec.number, spec.parameters["model.hidden_size"]) == (0, 30)
+    assert search.study.refused() == []
 
 
 def test_infeasible_candidates_are_recorded_and_do_not_count(

@@ -82,6 +82,7 @@ def test_a_runs_tags_say_model_lambda_seed_device_and_command() -> None:
     [
         (RUMConfig(), "0"),
         (RUMConfig(lambda_=1), "1"),
+        (RUMConfig(lambda_=1, num_layers=2, upper=UpperRUMConfig(lambda_=0.5)), "1 0.5"),
         (LSTMConfig(), "none"),
         (FSLSTMConfig(), "none"),
     ],

@@ -1,12 +1,15 @@
 """The registry: whose checkpoint has the alias `best`, and getting it back byte by byte."""
 
 import hashlib
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from mlflow import MlflowClient
+from scipy import stats
 
 from rum.errors import TrackingError
 from rum.tasks import CharacterLMConfig, CopyingConfig, Task
@@ -179,6 +182,20 @@ def test_registering_again_adds_no_version_and_moves_nothing(
     assert versions(client) == ["1", "2"]
     assert holder(client) == "2"
     assert "stays at version 2" in again.message
+
+
+def test_registering_again_under_more_seeds_says_those(
+    client: MlflowClient, offer: Callable[..., Registered]
+) -> None:
+    first = offer(0.3, spread=Spread(0.40, 0.02, 2))
+    run_id = client.get_model_version(NAME, first.version).run_id
+    spread = Spread(0.45, 0.05, 3)
+    assert offer(0.3, run_id=run_id, spread=spread).version == first.version
+    tags = client.get_model_version(NAME, first.version).tags
+    assert (tags["mean"], tags["std"], tags["seeds"]) == ("0.45", "0.05", "3")
+    half = stats.t.ppf(0.975, 2) * 0.05 / math.sqrt(3)
+    assert json.loads(tags["interval"]) == pytest.approx([0.45 - half, 0.45 + half])
+    assert versions(client) == ["1"]
 
 
 def test_registering_the_holder_again_says_that_it_is_the_best(

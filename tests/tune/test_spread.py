@@ -18,6 +18,7 @@ def test_the_interval_is_that_of_a_table() -> None:
         pytest.approx(low),
         pytest.approx(high),
     )
+    assert spread.interval == (pytest.approx(low), pytest.approx(high))
     assert str(spread) == "2.0000 ± 2.4841 (3 seeds)"
 
 
