@@ -314,11 +314,10 @@ def syne_tune(table: Recorded, seed: int) -> Iterator[tuple[int, Trial] | None]:
         scheduler.on_trial_add(trial)
 
         def tell(epoch: int, value: float, trial: Any = trial) -> bool:
-            result = {"value": value, "epoch": epoch}
-            if epoch == table.max_epochs:
-                scheduler.on_trial_complete(trial, result)
-                return True
-            return bool(scheduler.on_trial_result(trial, result) == "STOP")
+            stop = scheduler.on_trial_result(trial, {"value": value, "epoch": epoch}) == "STOP"
+            if stop:
+                scheduler.on_trial_remove(trial)
+            return bool(stop)
 
         parameters = {
             name: value
@@ -375,9 +374,10 @@ def main() -> None:
     }
     for name in PEERS.keys() - peers.keys():
         print(f"{name}: not installed, left out")
-    results: dict[str, Any] = {"views": {}}
-    if arguments.methods:
-        results = json.loads(OUT.read_text())
+    unknown = set(arguments.methods or ()) - {*METHODS, *peers}
+    if unknown:
+        parser.error(f"--methods must be of {[*METHODS, *peers]}, got {sorted(unknown)}")
+    results: dict[str, Any] = json.loads(OUT.read_text()) if OUT.exists() else {"views": {}}
     results["date"] = datetime.date.today().isoformat()
     for name in arguments.views:
         table = load(name)

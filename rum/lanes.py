@@ -26,7 +26,7 @@ from rum.training.checkpoint import Checkpoint
 from rum.training.forward import Call, State
 from rum.training.loop import Report, Trainer, Turn, train
 
-FREE = ("model.zoneout", "model.dropout")
+FREE = ("model.zoneout", "model.dropout", "model.upper.zoneout")
 """Options of the model in which lanes may differ, and in any eta but none; of the training all but
 device and threads."""
 SHARED_TRAINING = ("training.device", "training.threads")
@@ -44,7 +44,8 @@ def shape_of(config: ExperimentConfig) -> dict[str, Any]:
     """What lanes must have in common, by dotted name."""
     flat = flatten({"model": config.model, "task": config.task})
     shape = {name: value for name, value in flat.items() if name not in FREE}
-    shape["model.eta"] = None if shape["model.eta"] is None else "a number"
+    for name in ("model.eta", "model.upper.eta"):
+        shape[name] = "a number" if shape.get(name) else shape.get(name)
     training = flatten({"training": config.training})
     return shape | {name: training[name] for name in SHARED_TRAINING}
 

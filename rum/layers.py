@@ -216,12 +216,31 @@ class _Stack(RecurrentLayer):
             num_layers: Cells on top of each other.
             batch_first: Input and output are `(B, T, features)`.
             dropout: Probability of zeroing an output between layers, in [0, 1).
-            **cell: Options of the cell, and `device` and `dtype` of the parameters.
+            **cell: Options of the cell, and `device` and `dtype` of the parameters; a list has
+                one value for each layer.
+
+        Raises:
+            ValueError: If a list is not as long as there are layers.
         """
         check_at_least("input_size", input_size, 1)
         check_at_least("num_layers", num_layers, 1)
         sizes = [input_size] + [hidden_size] * (num_layers - 1)
-        cells = [type(self).cell_type(size, hidden_size, **cell) for size in sizes]
+        for name, value in cell.items():
+            if isinstance(value, list) and len(value) != num_layers:
+                raise ValueError(
+                    f"{name} must have a value for each of {num_layers} layers, got {value}"
+                )
+        cells = [
+            type(self).cell_type(
+                size,
+                hidden_size,
+                **{
+                    name: value[layer] if isinstance(value, list) else value
+                    for name, value in cell.items()
+                },
+            )
+            for layer, size in enumerate(sizes)
+        ]
         super().__init__(cells, batch_first=batch_first, dropout=dropout)
 
 
@@ -230,7 +249,7 @@ class RUM(_Stack):
 
     State: `(h,)` with h `(num_layers, B, hidden_size)`; unless `lambda_` is 0 `(h, R)` with R
     `(num_layers, B, hidden_size, hidden_size)`, orthogonal: it begins as the identity, and zeros
-    would stay zeros.
+    would stay zeros. So either all layers have `lambda_` 0 or none has.
     """
 
     cell_type = RUMCell

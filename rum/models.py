@@ -57,8 +57,8 @@ class SequenceModel(nn.Module):
             self.embedding = nn.Embedding(vocab_size, embedding_size)
         input_size = vocab_size if embedding_size is None else embedding_size
         cells = []
-        for _ in range(config.num_layers):
-            cells.append(config.build(input_size))
+        for layer in range(config.num_layers):
+            cells.append(config.build_layer(layer, input_size))
             input_size = cells[-1].hidden_size
         self.recurrent = RecurrentLayer(cells, dropout=config.dropout)
         self.readout = nn.Linear(input_size, num_classes)

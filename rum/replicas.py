@@ -191,16 +191,17 @@ def _joined(states: Sequence[State]) -> State:
 
 def _shape(layer: RecurrentLayer) -> dict[str, object]:
     """What replicas must have in common."""
-    cell = _cell(layer, 0)
+    cells = [_cell(layer, index) for index in range(layer.num_layers)]
+    cell = cells[0]
     return {
         "input_size": layer.input_size,
         "hidden_size": layer.hidden_size,
         "num_layers": layer.num_layers,
         "batch_first": layer.batch_first,
-        "lambda_": cell.lambda_,
+        "lambda_": [each.lambda_ for each in cells],
         "lambda_trainable": cell.lambda_trainable,
         "orthonormalize": cell.orthonormalize,
-        "has eta": cell.eta is not None,
+        "has eta": [each.eta is not None for each in cells],
         "layer_norm_gate": cell.layer_norm_gate,
         "embedding_bias": cell.embedding_bias is not None,
         "activation": cell.activation,

@@ -21,12 +21,14 @@ from rum.cells import (
     LSTMCellConfig,
     RUMCell,
     RUMCellConfig,
+    RUMConfig,
     State,
+    UpperRUMConfig,
 )
 from rum.cells.base import Noise
 from rum.errors import ConfigError
 from rum.interop import lstm_from_torch
-from rum.layers import RecurrentLayer
+from rum.layers import RUM, RecurrentLayer
 
 Array = NDArray[np.float64]
 
@@ -654,3 +656,65 @@ def test_input_weights_of_the_third_and_later_fast_cells_stay_untrained() -> Non
 def test_one_fast_cell_is_refused() -> None:
     with pytest.raises(ConfigError, match="num_fast_cells must be an integer >= 2, got 1"):
         rum.FastSlowRNN(3, fast=FAST_LSTM, slow=SLOW_RUM, num_fast_cells=1)
+
+
+def test_a_list_gives_each_layer_its_own_options() -> None:
+    """Two layers are two single ones, one after the other; gradients too."""
+    torch.manual_seed(0)
+    options: dict[str, list[Any]] = {
+        "eta": [0.7, None],
+        "zoneout": [0.3, 0.1],
+        "lambda_": [1.0, 0.5],
+    }
+    both = RUM(5, 6, num_layers=2, dtype=torch.float64, **options).eval()
+    single = [
+        RUM(size, 6, dtype=torch.float64, **{name: values[i] for name, values in options.items()})
+        for i, size in enumerate((5, 6))
+    ]
+    for layer, cell in zip(single, both.cells, strict=True):
+        layer.eval().cells[0].load_state_dict(cell.state_dict())
+    input = torch.randn(7, 3, 5, dtype=torch.float64, requires_grad=True)
+    output, (hidden, memory) = both(input)
+    first, (h0, r0) = single[0](input)
+    second, (h1, r1) = single[1](first)
+    torch.testing.assert_close(output, second, rtol=0, atol=0)
+    torch.testing.assert_close(hidden, torch.cat((h0, h1)), rtol=0, atol=0)
+    torch.testing.assert_close(memory, torch.cat((r0, r1)), rtol=0, atol=0)
+    (grad,) = torch.autograd.grad(output.square().sum(), input)
+    (expected,) = torch.autograd.grad(second.square().sum(), input)
+    torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="eta must have a value for each of 2 layers"):
+        RUM(5, 6, num_layers=2, eta=[1.0])
+
+
+def test_the_cells_above_the_first_have_options_of_their_own() -> None:
+    upper = UpperRUMConfig(lambda_=0.5, eta=0.0, zoneout=0.2)
+    config = RUMConfig(hidden_size=6, num_layers=3, lambda_=1.0, eta=2.0, upper=upper)
+    cells = [config.build_layer(layer, 4) for layer in range(3)]
+    assert [(c.lambda_, c.eta, c.zoneout) for c in cells] == [  # type: ignore[attr-defined]
+        (1.0, 2.0, 0.0),
+        (0.5, None, 0.2),
+        (0.5, None, 0.2),
+    ]
+    same = RUMConfig(hidden_size=6, num_layers=2, eta=2.0, zoneout=0.3)
+    above = same.build_layer(1, 6)
+    assert (above.eta, above.zoneout) == (2.0, 0.3)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"upper": UpperRUMConfig(eta=1.0)}, "upper.eta has no effect with num_layers = 1"),
+        (
+            {"num_layers": 2, "upper": UpperRUMConfig(lambda_=1.0)},
+            "upper.lambda_ must be 0 if and only if",
+        ),
+        ({"num_layers": 2, "upper": UpperRUMConfig(eta=-1.0)}, "upper.eta must be"),
+        ({"num_layers": 2, "upper": UpperRUMConfig(zoneout=1.0)}, "upper.zoneout must be"),
+    ],
+)
+def test_options_above_that_make_no_sense_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RUMConfig(hidden_size=6, **options)

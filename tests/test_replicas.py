@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ValueError, match=r"equal in {'hidden_size': 5}, got one with {'hidden_size': 6}"
     ):
         replicas[0] = rum.RUM(INPUT_SIZE, 6, eta=1.0, backend="fused", dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"'has eta': True.*'has eta': False"):
+    with pytest.raises(ValueError, match=r"'has eta': \[True\].*'has eta': \[False\]"):
         rum.Replicas([rum.RUM(4, 5, eta=1.0), rum.RUM(4, 5)])
     with pytest.raises(ValueError, match="one for each of 3 layers"):
         rum.Replicas(layers("fused"), seeds=[1])
@@ -152,3 +152,15 @@ def test_what_does_not_fit_is_refused() -> None:
         replicas(draw(STEPS, BATCH, INPUT_SIZE))
     with pytest.raises(ValueError, match="3 replicas and 1 layers first"):
         replicas(draw(3, STEPS, BATCH, INPUT_SIZE), (draw(3, BATCH, SIZE),))
+
+
+def test_layers_may_have_options_of_their_own_in_every_replica() -> None:
+    options = {"lambda_": [1.0, 0.5], "eta": [0.5, None], "backend": "reference"}
+    alone = [rum.RUM(4, 5, num_layers=2, dtype=torch.float64, **options) for _ in range(2)]
+    input = torch.randn(2, 6, 3, 4, dtype=torch.float64)
+    output, _ = rum.Replicas(alone)(input)
+    for lane, layer in enumerate(alone):
+        torch.testing.assert_close(output[lane], layer(input[lane])[0])
+    other = rum.RUM(4, 5, num_layers=2, dtype=torch.float64, **(options | {"eta": [0.5, 1.0]}))
+    with pytest.raises(ValueError, match=r"'has eta': \[True, False\]"):
+        rum.Replicas([alone[0], other])

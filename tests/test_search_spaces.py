@@ -130,6 +130,7 @@ def test_every_model_has_a_space_and_every_space_a_model() -> None:
     by_default = {space for space in SPACES if space.split("__")[1] in (*PRESETS, "memory")}
     assert set(SPACES) - by_default == {
         "rum__schedule",
+        "rum__layers",
         "fs_rum__cells",
         "fs_rum__budget",
     }

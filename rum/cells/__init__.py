@@ -22,7 +22,7 @@ from rum.cells.hyper_lstm import HyperLSTMCell, HyperLSTMCellConfig, HyperLSTMCo
 from rum.cells.lstm import LSTMCell, LSTMCellConfig, LSTMConfig
 from rum.cells.nas import NASCell, NASCellConfig, NASConfig
 from rum.cells.ntm import NTMCell, NTMCellConfig, NTMConfig
-from rum.cells.rum import RUMCell, RUMCellConfig, RUMConfig
+from rum.cells.rum import RUMCell, RUMCellConfig, RUMConfig, UpperRUMConfig
 from rum.cells.weinet import WeiNetCell, WeiNetCellConfig, WeiNetConfig
 
 __all__ = [
@@ -69,6 +69,7 @@ __all__ = [
     "StackConfig",
     "State",
     "StoryLayout",
+    "UpperRUMConfig",
     "WeiNetCell",
     "WeiNetCellConfig",
     "WeiNetConfig",

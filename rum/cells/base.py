@@ -247,6 +247,10 @@ class StackConfig(ModelConfig, CellConfig):
         check_at_least("num_layers", self.num_layers, 1)
         check_probability("dropout", self.dropout)
 
+    def build_layer(self, layer: int, input_size: int) -> Cell:
+        """Builds the cell of a layer, counted from 0, for inputs of `input_size` features."""
+        return self.build(input_size)
+
 
 @dataclass(kw_only=True)
 class WholeConfig(ModelConfig):

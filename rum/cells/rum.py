@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from rum.cells.base import (
     AcceleratedCell,
+    Cell,
     CellConfig,
     Noise,
+    Options,
     StackConfig,
     State,
     bernoulli_mask,
@@ -487,9 +489,54 @@ class RUMCellConfig(CellConfig):
         )
 
 
+@dataclass(kw_only=True)
+class UpperRUMConfig(Options):
+    """What differs in the cells above the first of a stack; null: as in the first."""
+
+    lambda_: float | None = None
+    """Power of the associative memory; 0 if and only if it is in the first."""
+    eta: float | None = None
+    """Norm after time normalisation; 0 switches it off."""
+    zoneout: float | None = None
+    """Probability of keeping the previous state."""
+
+
 @register_model
 @dataclass(kw_only=True)
 class RUMConfig(StackConfig, RUMCellConfig):
     """A stack of RUM cells; two layers are the paper's 2xRUM."""
 
     name: str = "rum"
+    upper: UpperRUMConfig = field(default_factory=UpperRUMConfig)
+    """Options of the cells above the first, where they differ."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError on a value that no layer accepts."""
+        super().__post_init__()
+        given = {k: v for k, v in vars(self.upper).items() if v is not None}
+        if given and self.num_layers == 1:
+            raise ConfigError(
+                f"upper.{next(iter(given))} has no effect with num_layers = 1: there is no layer "
+                "above the first"
+            )
+        try:
+            above = self._cell_above()
+        except ConfigError as error:
+            raise ConfigError(f"upper.{error}") from error
+        if (above.lambda_ == 0) != (self.lambda_ == 0):
+            raise ConfigError(
+                "upper.lambda_ must be 0 if and only if lambda_ is, since the states of all "
+                f"layers have the same parts, got {above.lambda_} above {self.lambda_}"
+            )
+
+    def _cell_above(self) -> RUMCellConfig:
+        upper = self.upper
+        cell = {each.name: getattr(self, each.name) for each in fields(RUMCellConfig)}
+        cell |= {name: value for name, value in vars(upper).items() if value is not None}
+        if upper.eta == 0:
+            cell["eta"] = None
+        return RUMCellConfig(**cell)
+
+    def build_layer(self, layer: int, input_size: int) -> Cell:
+        """Builds the cell of a layer, counted from 0, for inputs of `input_size` features."""
+        return self.build(input_size) if layer == 0 else self._cell_above().build(input_size)

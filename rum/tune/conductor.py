@@ -148,9 +148,9 @@ class Conductor:
         """
         self.advance()
         while (spec := self._open_next()) is not None:
-            self._running[spec.number] = spec
             refusal = self._judge(spec)
             self.runs.start(spec)
+            self._running[spec.number] = spec
             if refusal is None:
                 self.runs.report_again(spec.number, self._last_epoch[spec.number])
                 return spec

@@ -90,8 +90,8 @@ def trial_tags(experiment: ExperimentConfig) -> dict[str, str]:
 
 def lambda_of(model: ModelConfig) -> str:
     """The powers of the associative memory in a model's cells, "none" where it has no RUM."""
-    flat = flatten(model)
-    powers = [f"{value:g}" for name, value in flat.items() if name.split(".")[-1] == "lambda_"]
+    found = (value for name, value in flatten(model).items() if name.split(".")[-1] == "lambda_")
+    powers = [f"{value:g}" for value in found if value is not None]
     return " ".join(powers) or "none"
 
 

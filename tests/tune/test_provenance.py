@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 import rum
 from rum.cells import FSLSTMConfig, FSRUMConfig, LSTMCellConfig, LSTMConfig, RUMConfig
-from rum.cells.rum import RUMCellConfig
+from rum.cells.rum import RUMCellConfig, UpperRUMConfig
 from rum.configs import register_configs
 from rum.experiment import ExperimentConfig
 from rum.tasks import CharacterLMConfig, CopyingConfig
@@ -146,3 +146,9 @@ def test_common_tags_name_the_commit_of_the_checkout() -> None:
     tags = common_tags(CopyingConfig(delay=3).load(seed=0), "copying")
     assert tags["mlflow.source.git.commit"] == head.stdout.strip()
     assert tags["rum.git_dirty"] in ("true", "false")
+
+
+def test_the_powers_are_those_that_are_given() -> None:
+    assert lambda_of(RUMConfig(lambda_=0.5)) == "0.5"
+    upper = UpperRUMConfig(lambda_=1.0)
+    assert lambda_of(RUMConfig(num_layers=2, lambda_=0.5, upper=upper)) == "0.5 1"
