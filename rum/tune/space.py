@@ -316,13 +316,16 @@ def space_to_plain(space: Space) -> dict[str, Any]:
 
 
 def differences(ours: Any, theirs: Any) -> list[str]:
-    """One line for each leaf that differs between two nested plain values."""
+    """One line for each leaf that differs between two nested plain values.
+
+    An option that is null is as good as absent: it may be newer than the study.
+    """
     a, b = flatten(ours), flatten(theirs)
     absent = "(absent)"
     return [
         f"{name}: {_shown(b.get(name, absent))} in the study, {_shown(a.get(name, absent))} now"
         for name in sorted(set(a) | set(b))
-        if a.get(name, absent) != b.get(name, absent)
+        if a.get(name) != b.get(name)
     ]
 
 

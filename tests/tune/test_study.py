@@ -327,7 +327,6 @@ def test_each_difference_of_definitions_is_named_with_both_values(tmp_path: Path
         "  experiment.b: 2 in the study, (absent) now",
         "  mode: min in the study, max now",
         "  space.a: 1 in the study, 7 now",
-        "  space.c: (absent) in the study, null now",
     ]
     assert "study_exists=new" in lines[-1]
 
