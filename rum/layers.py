@@ -254,6 +254,32 @@ class RUM(_Stack):
 
     cell_type = RUMCell
 
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        **cell: Any,
+    ) -> None:
+        """As every stack.
+
+        Raises:
+            ValueError: If `lambda_` is 0 in some layers and not in others, or a list is not as
+                long as there are layers.
+        """
+        super().__init__(
+            input_size, hidden_size, num_layers, batch_first=batch_first, dropout=dropout, **cell
+        )
+        powers = [each.lambda_ for each in self.cells if isinstance(each, RUMCell)]
+        if 0 in powers and any(powers):
+            raise ValueError(
+                "lambda_ must be 0 in all layers or in none, since their states have the same "
+                f"parts, got {powers}"
+            )
+
 
 class LSTM(_Stack):
     """A multi-layer LSTM with optional layer norm and zoneout; options of `rum.cells.LSTMCell`.

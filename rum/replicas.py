@@ -192,21 +192,23 @@ def _joined(states: Sequence[State]) -> State:
 def _shape(layer: RecurrentLayer) -> dict[str, object]:
     """What replicas must have in common."""
     cells = [_cell(layer, index) for index in range(layer.num_layers)]
-    cell = cells[0]
+    of_layers = {
+        "lambda_": [cell.lambda_ for cell in cells],
+        "lambda_trainable": [cell.lambda_trainable for cell in cells],
+        "orthonormalize": [cell.orthonormalize for cell in cells],
+        "has eta": [cell.eta is not None for cell in cells],
+        "layer_norm_gate": [cell.layer_norm_gate for cell in cells],
+        "embedding_bias": [cell.embedding_bias is not None for cell in cells],
+        "activation": [cell.activation for cell in cells],
+        "backend": [cell.backend for cell in cells],
+        "recompute": [cell.recompute for cell in cells],
+        "dtype": [cell.weight_hh.dtype for cell in cells],
+        "device": [cell.weight_hh.device for cell in cells],
+    }
     return {
         "input_size": layer.input_size,
         "hidden_size": layer.hidden_size,
         "num_layers": layer.num_layers,
         "batch_first": layer.batch_first,
-        "lambda_": [each.lambda_ for each in cells],
-        "lambda_trainable": cell.lambda_trainable,
-        "orthonormalize": cell.orthonormalize,
-        "has eta": [each.eta is not None for each in cells],
-        "layer_norm_gate": cell.layer_norm_gate,
-        "embedding_bias": cell.embedding_bias is not None,
-        "activation": cell.activation,
-        "backend": cell.backend,
-        "recompute": cell.recompute,
-        "dtype": cell.weight_hh.dtype,
-        "device": cell.weight_hh.device,
+        **of_layers,
     }

@@ -685,6 +685,8 @@ def test_a_list_gives_each_layer_its_own_options() -> None:
     torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="eta must have a value for each of 2 layers"):
         RUM(5, 6, num_layers=2, eta=[1.0])
+    with pytest.raises(ValueError, match="lambda_ must be 0 in all layers or in none"):
+        RUM(5, 6, num_layers=2, lambda_=[0, 1])
 
 
 def test_the_cells_above_the_first_have_options_of_their_own() -> None:

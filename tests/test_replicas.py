@@ -164,3 +164,8 @@ def test_layers_may_have_options_of_their_own_in_every_replica() -> None:
     other = rum.RUM(4, 5, num_layers=2, dtype=torch.float64, **(options | {"eta": [0.5, 1.0]}))
     with pytest.raises(ValueError, match=r"'has eta': \[True, False\]"):
         rum.Replicas([alone[0], other])
+    relu, tanh = (
+        rum.RUM(4, 5, num_layers=2, activation=["relu", upper]) for upper in ("relu", "tanh")
+    )
+    with pytest.raises(ValueError, match=r"'activation': \['relu', 'tanh'\]"):
+        rum.Replicas([relu, tanh])
