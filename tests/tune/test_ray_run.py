@@ -4,14 +4,16 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from ray.tune import PlacementGroupFactory
+from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from rum.cells import RUMConfig
 from rum.experiment import ExperimentConfig
 from rum.tasks import CopyingConfig
 from rum.training.config import TrainingConfig
-from rum.tune import trial
+from rum.tune import ray_run, trial
 from rum.tune.config import SearchConfig, SearchOptions
 from rum.tune.messages import OUT_OF_MEMORY, Workplace
 from rum.tune.prediction import SHARES, larger_share
@@ -30,6 +32,24 @@ def test_a_trial_that_ran_out_of_memory_takes_more_of_a_gpu_than_the_others() ->
         handed = {"number": 3, "parameters": {}, "origin": None, "gpus": gpus}
         assert of_trial(handed) == PlacementGroupFactory([{"CPU": 2, "GPU": expected}])
     assert of_trial({"crew": "a"}) == PlacementGroupFactory([{"CPU": 2, "GPU": 0.25}])
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_number_of_trials_at_a_time_follows_the_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = SearchConfig(model=RUMConfig(hidden_size=8), task=CopyingConfig())
+    there = int(ray.cluster_resources()["CPU"])
+    limited = ConcurrencyLimiter(Searcher(), max_concurrent=there + 5)
+    room = ray_run._Room(config, limited)
+    room.follow()
+    assert limited.max_concurrent == there + 5, "it does not ask all the time"
+    monkeypatch.setattr(ray_run, "LOOK_SECONDS", 0.0)
+    room.follow()
+    assert limited.max_concurrent == there
+    large = dataclasses.replace(config, search=SearchOptions(cpus_per_trial=there + 1))
+    ray_run._Room(large, limited).follow()  # a node may come back
+    assert limited.max_concurrent == there
 
 
 def test_the_shares_go_up_to_a_whole_gpu() -> None:
